@@ -1,0 +1,47 @@
+"""moeq quantizes Mixture-of-Experts models while they load.
+
+Importing it imports neither torch, triton, transformers nor vLLM: the public names are looked up
+when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeq.config import OnlineQuantizationConfig
+    from moeq.engines.transformers import load, report_of
+    from moeq.errors import MoeqError
+    from moeq.report import LoadReport
+    from moeq.schemes import OnlineQuantScheme
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoadReport": "moeq.report",
+    "MoeqError": "moeq.errors",
+    "OnlineQuantScheme": "moeq.schemes",
+    "OnlineQuantizationConfig": "moeq.config",
+    "load": "moeq.engines.transformers",
+    "report_of": "moeq.engines.transformers",
+}
+
+__all__ = [
+    "LoadReport",
+    "MoeqError",
+    "OnlineQuantScheme",
+    "OnlineQuantizationConfig",
+    "load",
+    "report_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'moeq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers parsed and validated first, then bytes, a tensor at a time."""

@@ -1,0 +1,236 @@
+"""What a safetensors checkpoint holds, from its headers alone.
+
+A file is `u64 length | JSON header | data`; the header maps names to dtype, shape and a byte range
+of the data (format: https://github.com/huggingface/safetensors). Everything is checked here, before
+memory is taken: a header that lies about its file, names in two shards, an index that disagrees
+with the shards. safetensors' own errors do not name the file; ours do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeq.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_MAX_HEADER = 100 << 20
+"""The format's own limit for the JSON header, in bytes."""
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one tensor lies and what it is.
+
+    Attributes:
+        name: in the checkpoint.
+        dtype: of the stored elements.
+        shape: row-major.
+        file: that holds it.
+        offset: of its first byte from the start of the file.
+        nbytes: of its data.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint by name.
+
+    Args:
+        files: all shards. An index beside the first is held against them.
+
+    Raises:
+        CheckpointError: for anything that is not a whole, consistent checkpoint.
+    """
+    files = [Path(file) for file in files]
+    specs: dict[str, TensorSpec] = {}
+    for file in files:
+        for spec in _file_specs(file):
+            if spec.name in specs:
+                raise CheckpointError(
+                    f"{file.name}: tensor {spec.name!r} is also in {specs[spec.name].file.name}"
+                )
+            specs[spec.name] = spec
+    index = files[0].parent / INDEX_NAME
+    if len(files) > 1 and index.exists():
+        _check_index(index, specs)
+    return specs
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, in the order of their names.
+
+    Raises:
+        CheckpointError: no config, no weights, weights only as pickle, a missing shard, a shard
+            outside the folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json", hint="a model folder holds config.json and *.safetensors"
+        )
+    index = folder / INDEX_NAME
+    if index.exists():
+        shards = sorted(set(_weight_map(index).values()))
+        for shard in shards:
+            _check_shard_name(shard, index)
+            if not (folder / shard).is_file():
+                raise CheckpointError(
+                    f"{folder / shard}: missing, though {INDEX_NAME} lists it",
+                    hint="download the checkpoint again; the first one was interrupted",
+                )
+        return [folder / shard for shard in shards]
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if found:
+        raise CheckpointError(f"{folder}: shards ({found[0]}, ...) without {INDEX_NAME}")
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: weights only as pickle ({pickles[0]}), which can run code when opened",
+            hint="convert it to safetensors with a tool that you trust",
+        )
+    raise CheckpointError(f"{folder}: no weights", hint=f"expected {SINGLE_NAME} or {INDEX_NAME}")
+
+
+def _file_specs(file: Path) -> Iterator[TensorSpec]:
+    try:
+        size = os.stat(file).st_size
+        with open(file, "rb") as handle:
+            head = handle.read(8)
+            if head.startswith(b"version "):
+                raise CheckpointError(
+                    f"{file}: a git-lfs pointer, not the weights",
+                    hint="run `git lfs pull` in its repository",
+                )
+            if len(head) < 8:
+                raise CheckpointError(f"{file}: {size} bytes, too short for a safetensors file")
+            (length,) = struct.unpack("<Q", head)
+            if length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{file}: header of {length} bytes in a file of {size}: not safetensors,"
+                    " or cut off"
+                )
+            raw = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: header is not a JSON object")
+    header.pop("__metadata__", None)
+    start, end = 8 + length, 0
+    ranges = []
+    for name, entry in header.items():
+        spec, begin, stop = _spec(file, name, entry, start)
+        ranges.append((begin, stop, name))
+        end = max(end, stop)
+        yield spec
+    if start + end != size:
+        raise CheckpointError(
+            f"{file}: tensors end at byte {start + end}, the file at {size}",
+            hint="it was cut off or appended to; get it again",
+        )
+    ranges.sort()
+    for (_, stop, name), (begin, _, other) in itertools.pairwise(ranges):
+        if begin != stop:
+            raise CheckpointError(f"{file}: bytes of {name!r} and {other!r} overlap or leave a gap")
+
+
+def _spec(file: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, int, int]:
+    if not name or not name.isprintable():
+        raise CheckpointError(f"{file}: tensor name {name!r} is empty or holds control characters")
+    try:
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{file}: entry of {name!r} is malformed") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: {name!r} has dtype {dtype!r}, which moeq does not read")
+    numbers = [*shape, begin, stop] if isinstance(shape, list) else [None]
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise CheckpointError(f"{file}: {name!r} has impossible shape or offsets {numbers}")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if stop - begin != nbytes:
+        raise CheckpointError(
+            f"{file}: {name!r} takes {stop - begin} bytes, its shape {shape} needs {nbytes}"
+        )
+    spec = TensorSpec(name, DTYPES[dtype], tuple(shape), file, start + begin, nbytes)
+    return spec, begin, stop
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        assert all(isinstance(s, str) for s in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({error!r})") from None
+    if not weight_map:
+        raise CheckpointError(f"{index}: lists no tensors")
+    return dict(weight_map)
+
+
+def _check_shard_name(shard: str, index: Path) -> None:
+    if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        raise CheckpointError(f"{index}: shard {shard!r} is not a file name of this folder")
+
+
+def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
+    weight_map = _weight_map(index)
+    for name, shard in weight_map.items():
+        if name not in specs:
+            raise CheckpointError(
+                f"{index}: lists tensor {name!r}, which no shard holds (expected in {shard})"
+            )
+        if specs[name].file.name != shard:
+            raise CheckpointError(
+                f"{index}: says {name!r} is in {shard}, found in {specs[name].file.name}"
+            )
+    extra = specs.keys() - weight_map.keys()
+    if extra:
+        name = min(extra)
+        raise CheckpointError(f"{specs[name].file}: tensor {name!r} is not in {INDEX_NAME}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} twice")
+    return entries

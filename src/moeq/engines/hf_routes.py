@@ -1,0 +1,216 @@
+"""Which checkpoint tensors feed which layer, by transformers' own table of conversions.
+
+transformers renames and merges checkpoint tensors on their way into a model (`WeightRenaming`,
+`WeightConverter` in `core_model_loading`). We ask that table where every key goes; for the layers
+that we quantize we then read the tensors ourselves, so that a layer's experts are never merged in
+bf16. What a table entry does to the weights must be one of a few things that keep experts apart;
+anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moeq.checkpoint.headers import TensorSpec
+from moeq.engines.hf_structure import Target
+from moeq.errors import CheckpointError, ModelError
+from moeq.plan import LayerPlan, Part, Source, check_sources
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where keys go.
+
+    Attributes:
+        plans: the layers that are quantized, with their sources.
+        merged: linears that are not, because transformers builds them from parts of several
+            tensors.
+        claims: checkpoint key after renamings -> parameter of the model it feeds, for every tensor
+            that we read.
+        sources: that parameter -> its tensors.
+    """
+
+    plans: tuple[LayerPlan, ...]
+    merged: tuple[str, ...]
+    claims: dict[str, str]
+    sources: dict[str, tuple[Source, ...]]
+
+
+@dataclass(frozen=True)
+class _Route:
+    """One key: after renamings, where it ends, and the conversion pattern it met on the way."""
+
+    spec: TensorSpec
+    renamed: str
+    parameter: str
+    pattern: str | None
+
+
+def find_routes(
+    model: nn.Module,
+    targets: Iterable[Target],
+    specs: Mapping[str, TensorSpec],
+    conversions: list[Any],
+) -> Routes:
+    """Sources of every target, checked to be complete.
+
+    Args:
+        model: on the meta device, its original parameters in place.
+        targets: the layers to be quantized.
+        specs: of the checkpoint.
+        conversions: transformers' table for this model.
+
+    Raises:
+        CheckpointError: see `check_sources`.
+        ModelError: a conversion that moeq cannot do expert by expert.
+    """
+    targets = list(targets)
+    wanted = {
+        f"{target.shape.name}.{name}": (target, name)
+        for target in targets
+        for name in _parameter_names(target)
+    }
+    converters = {}
+    by_parameter: dict[str, list[_Route]] = {}
+    for route, converter in _routes(model, specs, conversions):
+        if route.parameter in wanted:
+            by_parameter.setdefault(route.parameter, []).append(route)
+            if route.pattern is not None:
+                converters[route.parameter] = converter
+    merged = tuple(p.rpartition(".")[0] for p in converters if wanted[p][0].shape.kind == "linear")
+    targets = [target for target in targets if target.shape.name not in merged]
+    claims, sources = {}, {}
+    for parameter, routes in by_parameter.items():
+        target, name = wanted[parameter]
+        converter = converters.get(parameter)
+        if target.shape.name in merged:
+            continue
+        sources[parameter] = tuple(
+            _source(route, converter, target, name, parameter) for route in routes
+        )
+        claims.update({route.renamed: parameter for route in routes})
+    plans = []
+    for target in targets:
+        mine = tuple(
+            source
+            for name in _parameter_names(target)
+            for source in sources.get(f"{target.shape.name}.{name}", ())
+        )
+        check_sources(target.shape, mine)
+        plans.append(LayerPlan(target.shape, target.scheme, mine))
+    return Routes(tuple(plans), merged, claims, sources)
+
+
+def check_saved(
+    model: nn.Module, specs: Mapping[str, TensorSpec], conversions: list[Any], names: set[str]
+) -> None:
+    """Every quantized parameter of a checkpoint that we saved is there, as the model expects it.
+
+    Args:
+        model: on the meta device, with quantized parameters.
+        specs: of the checkpoint.
+        conversions: transformers' table for this model.
+        names: of the quantized parameters.
+
+    Raises:
+        CheckpointError: a missing or misshapen tensor, or a wrong dtype.
+    """
+    found = {route.parameter: route.spec for route, _ in _routes(model, specs, conversions)}
+    for name in sorted(names):
+        expected = model.get_parameter(name)
+        if name not in found:
+            raise CheckpointError(f"{name}: missing from the quantized checkpoint")
+        spec = found[name]
+        if spec.shape != tuple(expected.shape) or spec.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{spec.file.name}: {spec.name!r} is {spec.dtype} {list(spec.shape)}, expected"
+                f" {expected.dtype} {list(expected.shape)}"
+            )
+
+
+def _parameter_names(target: Target) -> tuple[str, ...]:
+    if target.shape.kind == "linear":
+        return (target.up_name,)
+    names = (target.up_name, "down_proj")
+    return (*names, *(f"{name}_bias" for name in names)) if target.shape.has_bias else names
+
+
+def _routes(
+    model: Any, specs: Mapping[str, TensorSpec], conversions: list[Any]
+) -> Iterable[tuple[_Route, Any]]:
+    """Where transformers would put every tensor: `convert_and_load_state_dict_in_model`, dry."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    conversions = copy.deepcopy(conversions)  # matching marks an entry as used
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    known = dict.fromkeys(model.state_dict(), True)
+    prefix = model.base_model_prefix
+    for key in sorted(specs, key=dot_natural_key):
+        parameter, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        renamed = key
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        if parameter not in known and key in known:
+            parameter, pattern = key, None
+        yield _Route(specs[key], renamed, parameter, pattern), by_pattern.get(pattern)
+
+
+def _source(route: _Route, converter: Any, target: Target, name: str, parameter: str) -> Source:
+    """What one tensor is to the layer, read off the operations that its conversion lists."""
+    module: Any = target.module
+    is_bias = name.endswith("_bias")
+    part: Part = "down" if name.startswith("down") or name == "weight" else "up"
+    if name.startswith("gate_up"):
+        part = "gate_up"
+    transposed = bool(getattr(module, "is_transposed", False)) and not is_bias
+    interleaved = part == "gate_up" and not getattr(module, "is_concatenated", True)
+    if route.pattern is None:
+        return Source(route.spec, part, None, transposed, interleaved, is_bias)
+    names = [type(operation).__name__ for operation in converter.operations]
+    expert = None
+    if names and names[0] == "MergeModulelist":
+        expert = _expert_index(route)
+        names = names[1:]
+    if names == ["Concatenate"] and part == "gate_up" and len(converter.source_patterns) == 2:
+        part = "gate" if route.pattern == converter.source_patterns[0] else "up"
+        names = []
+    elif names == ["Transpose"] and expert is None and not is_bias:
+        n, k = target.shape.matrix_shape(part)
+        as_is = (k, n) if transposed else (n, k)
+        if not (converter.operations[0].check_dims and route.spec.shape[1:] == as_is):
+            transposed = not transposed
+        names = []
+    elif names == ["Interleave"] and part == "gate_up" and not is_bias:
+        interleaved = not interleaved
+        names = []
+    if names:
+        raise ModelError(
+            f"{parameter}: transformers builds it from {route.spec.name!r} by"
+            f" {[type(o).__name__ for o in converter.operations]}, which moeq cannot do while"
+            " streaming",
+            hint=f"to leave the layer unquantized, pass ignore=[{target.shape.name!r}]",
+        )
+    return Source(route.spec, part, expert, transposed, interleaved, is_bias)
+
+
+def _expert_index(route: _Route) -> int:
+    """The number that the `*` of a pattern stands for in a key."""
+    assert route.pattern is not None
+    expression = route.pattern.replace("*", r"(?P<expert>\d+)")
+    match = re.search(expression, route.renamed)
+    if match is None:
+        raise CheckpointError(f"{route.spec.name}: no expert's number where {expression} has one")
+    return int(match["expert"])

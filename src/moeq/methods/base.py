@@ -1,0 +1,334 @@
+"""`OnlineMoEMethodBase`: how a MoE layer's weights come to be quantized while they load.
+
+    create_weights   parameters on the meta device: shapes are known, no memory is taken
+    load_expert      one expert's projection arrives in the checkpoint's dtype; it is quantized at
+                     once, in fp32, into final storage, and may then be freed
+    load_bias        the same for experts with biases
+    process_weights_after_loading
+                     once: everything must have arrived; the oracle picks the kernel
+    apply            the layer after its router
+
+The layer is any `nn.Module`; the method adds `w13_codes`, `w13_scale`, `w2_codes`, `w2_scale` and,
+where experts have them, `w13_bias` and `w2_bias` (layout: `moeq.experts`). So at no time does a
+layer's bf16 weight exist as a whole, and nothing depends on the order of arrival.
+
+Under expert parallelism a layer is created with the global ids of its local experts: storage and
+scales are sized by those, tensors of other experts are skipped on arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moeq import ops
+from moeq.errors import CheckpointError, ModelError
+from moeq.experts import ExpertWeights, scale_shape
+from moeq.oracle import Choice, KernelRequest, select_backend
+from moeq.quantize import amax, check_finite, quantize, scale_from_amax
+from moeq.schemes import OnlineQuantScheme
+
+Projection = Literal["gate", "up", "down"]
+
+Gate = Callable[[Tensor], Tensor]
+"""A model's own gate: [S, P * I] in canonical order (gate, then up) -> [S, I]."""
+
+
+class OnlineMoEMethodBase:
+    """One instance per layer. Subclasses say which scheme; those whose scales span projections
+    override `_quantize`."""
+
+    scheme: ClassVar[OnlineQuantScheme]
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        self.backend = backend
+        self.choice: Choice | None = None
+        self._waiting: set[tuple[int, str]] = set()
+        self._local: dict[int, int] = {}
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        is_gated: bool = True,
+        has_bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        local_experts: Sequence[int] | None = None,
+    ) -> None:
+        """Register the quantized parameters on the meta device.
+
+        Args:
+            layer: gets the parameters.
+            num_experts: of the whole model.
+            hidden_size: H.
+            intermediate_size: I.
+            is_gated: whether experts have a gate beside up.
+            has_bias: whether experts have biases.
+            dtype: of the biases and of the activations.
+            local_experts: global ids of the experts held here, in order; all where absent.
+        """
+        local = range(num_experts) if local_experts is None else local_experts
+        self._local = {expert: slot for slot, expert in enumerate(local)}
+        self._num_experts = num_experts
+        self._is_gated = is_gated
+        self._intermediate = intermediate_size
+        self._dtype = dtype
+        parts = 2 if is_gated else 1
+        shapes = {
+            "w13": (len(self._local), parts * intermediate_size, hidden_size),
+            "w2": (len(self._local), hidden_size, intermediate_size),
+        }
+        self._waiting = {
+            (expert, projection) for expert in self._local for projection in self.projections
+        }
+        for name, shape in shapes.items():
+            register_meta(layer, f"{name}_codes", shape, self.scheme.weight_dtype)
+            grid = scale_shape(self.scheme.granularity, shape, parts if name == "w13" else 1)
+            register_meta(layer, f"{name}_scale", grid, torch.float32)
+            if has_bias:
+                register_meta(layer, f"{name}_bias", shape[:2], dtype)
+        if has_bias:
+            self._waiting |= {(e, f"{p} bias") for e in self._local for p in self.projections}
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """What one expert consists of."""
+        return ("gate", "up", "down") if self._is_gated else ("up", "down")
+
+    def materialize(self, layer: nn.Module, device: torch.device) -> None:
+        """Take the memory of the final weights, once; `load_expert` then fills it."""
+        for name in self._parameter_names(layer):
+            if parameter(layer, name).is_meta:
+                empty = torch.empty_like(parameter(layer, name), device=device)
+                setattr(layer, name, nn.Parameter(empty, requires_grad=False))
+
+    def load_expert(
+        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, name: str
+    ) -> None:
+        """Quantize one projection of one expert into its place.
+
+        Args:
+            layer: that `create_weights` and `materialize` have seen.
+            expert: global id. One that is not local is skipped.
+            projection: "gate", "up" or "down".
+            weight: [I, H] for gate and up, [H, I] for down; fp16, bf16 or fp32.
+            name: of the tensor in the checkpoint, for messages.
+
+        Raises:
+            CheckpointError: misshapen, of a wrong dtype, out of range, or here before.
+            NonFiniteError: NaN or Inf among the values.
+        """
+        if not self._arrives(expert, projection, name):
+            return
+        codes, _ = self._views(layer, expert, projection)
+        if weight.shape != codes.shape:
+            raise CheckpointError(
+                f"{name}: shape {list(weight.shape)}, expected {list(codes.shape)}"
+                f" for the {projection} projection of expert {expert}"
+            )
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise CheckpointError(
+                f"{name}: dtype {weight.dtype}, expected bfloat16, float16 or float32",
+                hint="moeq quantizes unquantized checkpoints",
+            )
+        group_amax = amax(weight, self.scheme.granularity)
+        check_finite(weight, group_amax, name)
+        self._quantize(layer, expert, projection, weight, group_amax)
+        self._waiting.discard((expert, projection))
+
+    def load_bias(
+        self, layer: nn.Module, expert: int, projection: Projection, bias: Tensor, name: str
+    ) -> None:
+        """Put the bias [N] of one projection of one expert into its place, unquantized."""
+        if not self._arrives(expert, f"{projection} bias", name):
+            return
+        target = parameter(layer, "w2_bias" if projection == "down" else "w13_bias")
+        row = target.data[self._local[expert]]
+        if projection != "down":
+            row = row[self._rows(projection)]
+        if bias.shape != row.shape:
+            raise CheckpointError(f"{name}: shape {list(bias.shape)}, expected {list(row.shape)}")
+        check_finite(bias, bias.abs().amax() if bias.numel() else bias, name)
+        row.copy_(bias)
+        self._waiting.discard((expert, f"{projection} bias"))
+
+    def process_weights_after_loading(
+        self,
+        layer: nn.Module,
+        *,
+        activation: str | None = None,
+        gate: Gate | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Check that everything arrived and choose the kernel. Calls after the first do nothing.
+
+        Args:
+            layer: with its final weights.
+            activation: a name in `ACTIVATIONS`, where the standard gate (or none) applies.
+            gate: the model's own gate, where no name says what it does.
+            after: with a gate, what the model applies to every expert's output [S, H].
+
+        Raises:
+            CheckpointError: some expert's projection never arrived; named.
+            BackendError: no kernel runs this here.
+        """
+        if self.choice is not None:
+            return
+        if (activation is None) == (gate is None):
+            raise ModelError("a MoE layer needs either an activation's name or a gate of its own")
+        if self._waiting:
+            expert, projection = min(self._waiting)
+            raise CheckpointError(
+                f"{len(self._waiting)} expert tensors never arrived,"
+                f" the first: {projection} of expert {expert}",
+                hint="the checkpoint is incomplete; nothing was filled in",
+            )
+        request = KernelRequest(
+            "moe", self.scheme, parameter(layer, "w13_codes").device, self._dtype, activation
+        )
+        self.choice = select_backend(request, self.backend)
+        self._activation, self._gate, self._after = activation, gate, after
+
+    def mark_loaded(self) -> None:
+        """Everything arrived already quantized: a checkpoint that moeq saved."""
+        self._waiting.clear()
+
+    def weights(self, layer: nn.Module) -> ExpertWeights:
+        """The layer's quantized weights, as kernels take them."""
+        return ExpertWeights(
+            self.scheme,
+            parameter(layer, "w13_codes"),
+            parameter(layer, "w13_scale"),
+            parameter(layer, "w2_codes"),
+            parameter(layer, "w2_scale"),
+            layer._parameters.get("w13_bias"),
+            layer._parameters.get("w2_bias"),
+        )
+
+    def apply(self, layer: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The MoE layer after its router.
+
+        Args:
+            layer: processed.
+            x: [T, H].
+            topk_ids: [T, k] integer, local ids; anything outside 0..E-1 adds nothing.
+            topk_weights: [T, k].
+
+        Returns:
+            [T, H] in the dtype of x.
+        """
+        assert self.choice is not None, "apply before process_weights_after_loading"
+        if self._gate is not None:
+            return self._apply_own_gate(layer, x, topk_ids, topk_weights)
+        assert self._activation is not None
+        out: Tensor = ops.fused_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            parameter(layer, "w13_codes"),
+            parameter(layer, "w13_scale"),
+            parameter(layer, "w2_codes"),
+            parameter(layer, "w2_scale"),
+            layer._parameters.get("w13_bias"),
+            layer._parameters.get("w2_bias"),
+            self.scheme.value,
+            self._activation,
+            self.choice.backend.name,
+        )
+        return out
+
+    def _apply_own_gate(
+        self, layer: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        """The two halves of the layer around Python code of the model."""
+        assert self.choice is not None and self._gate is not None
+        backend, scheme = self.choice.backend.name, self.scheme.value
+        h13: Tensor = ops.expert_linear(
+            x[:, None],
+            topk_ids,
+            parameter(layer, "w13_codes"),
+            parameter(layer, "w13_scale"),
+            layer._parameters.get("w13_bias"),
+            scheme,
+            2 if self._is_gated else 1,
+            backend,
+        )
+        h = self._gate(h13.flatten(0, 1)).view(*topk_ids.shape, -1)
+        y: Tensor = ops.expert_linear(
+            h,
+            topk_ids,
+            parameter(layer, "w2_codes"),
+            parameter(layer, "w2_scale"),
+            layer._parameters.get("w2_bias"),
+            scheme,
+            1,
+            backend,
+        )
+        if self._after is not None:
+            y = self._after(y.flatten(0, 1)).view(y.shape)
+        local = (topk_ids >= 0) & (topk_ids < parameter(layer, "w2_codes").shape[0])
+        weight = torch.where(local, topk_weights, 0).float()
+        return (y.float() * weight[..., None]).sum(1).to(x.dtype)
+
+    def _quantize(
+        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, amax: Tensor
+    ) -> None:
+        """Scale and codes of one projection, written into final storage."""
+        codes, scale = self._views(layer, expert, projection)
+        scale.copy_(scale_from_amax(amax, self.scheme.weight_dtype))
+        weight = weight.to(codes.device)
+        quantize(weight, scale, self.scheme.weight_dtype, self.scheme.granularity, out=codes)
+
+    def _views(
+        self, layer: nn.Module, expert: int, projection: Projection
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [N, K] and scale of one projection, as views of the layer's storage."""
+        slot = self._local[expert]
+        if projection == "down":
+            return parameter(layer, "w2_codes").data[slot], parameter(layer, "w2_scale").data[slot]
+        codes, scale = (
+            parameter(layer, "w13_codes").data[slot],
+            parameter(layer, "w13_scale").data[slot],
+        )
+        if scale.ndim and self._is_gated:
+            scale = scale.chunk(2)[0 if projection == "gate" else 1]
+        return codes[self._rows(projection)], scale
+
+    def _rows(self, projection: Projection) -> slice:
+        """Rows of w13 that belong to a projection."""
+        start = self._intermediate if projection == "up" and self._is_gated else 0
+        return slice(start, start + self._intermediate)
+
+    def _arrives(self, expert: int, what: str, name: str) -> bool:
+        """Whether a tensor is wanted here. Raises for one that cannot be or came before."""
+        if not 0 <= expert < self._num_experts:
+            raise CheckpointError(
+                f"{name}: expert {expert} of a layer that has {self._num_experts}"
+            )
+        if expert not in self._local:
+            return False
+        if (expert, what) not in self._waiting:
+            raise CheckpointError(f"{name}: {what} of expert {expert} arrived before or is not due")
+        return True
+
+    def _parameter_names(self, layer: nn.Module) -> list[str]:
+        ours = ("w13_codes", "w13_scale", "w2_codes", "w2_scale", "w13_bias", "w2_bias")
+        return [name for name in ours if name in layer._parameters]
+
+
+def parameter(layer: nn.Module, name: str) -> Tensor:
+    """A layer's parameter, past the attribute machinery of modules: this runs for every token."""
+    found = layer._parameters[name]
+    assert found is not None, name
+    return found
+
+
+def register_meta(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    meta = torch.empty(shape, dtype=dtype, device="meta")
+    layer.register_parameter(name, nn.Parameter(meta, requires_grad=False))

@@ -1,0 +1,90 @@
+"""`OnlineLinearMethod`: the same life for the weight of an `nn.Linear`, under any scheme that
+covers linears. The layer gets `weight_codes` [N, K] and `weight_scale`; its bias stays as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moeq import ops
+from moeq.errors import CheckpointError
+from moeq.experts import scale_shape
+from moeq.methods.base import parameter, register_meta
+from moeq.oracle import Choice, KernelRequest, select_backend
+from moeq.quantize import amax, check_finite, dequantize, quantize, scale_from_amax
+from moeq.schemes import OnlineQuantScheme
+
+
+class OnlineLinearMethod:
+    """One instance per layer."""
+
+    def __init__(self, scheme: OnlineQuantScheme, *, backend: str | None = None) -> None:
+        assert scheme.covers("linear"), scheme
+        self.scheme = scheme
+        self.backend = backend
+        self.choice: Choice | None = None
+        self._loaded = False
+
+    def create_weights(
+        self, layer: nn.Module, *, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
+        """Register codes [out, in] and fp32 scales on the meta device; `dtype`: activations'."""
+        self._dtype = dtype
+        shape = (out_features, in_features)
+        register_meta(layer, "weight_codes", shape, self.scheme.weight_dtype)
+        grid = scale_shape(self.scheme.granularity, shape)
+        register_meta(layer, "weight_scale", grid, torch.float32)
+
+    def load(self, layer: nn.Module, weight: Tensor, name: str, device: torch.device) -> None:
+        """Quantize a weight [out, in] into final storage on `device`.
+
+        Raises:
+            CheckpointError: misshapen, or here before.
+            NonFiniteError: NaN or Inf among the values.
+        """
+        if self._loaded:
+            raise CheckpointError(f"{name}: arrived before")
+        shape = tuple(parameter(layer, "weight_codes").shape)
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
+        granularity, dtype = self.scheme.granularity, self.scheme.weight_dtype
+        group_amax = amax(weight, granularity)
+        check_finite(weight, group_amax, name)
+        scale = scale_from_amax(group_amax, dtype).to(device)
+        codes = quantize(weight.to(device), scale, dtype, granularity)
+        layer.weight_codes = nn.Parameter(codes, requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self._loaded = True
+
+    def mark_loaded(self) -> None:
+        """The weight arrived already quantized: a checkpoint that moeq saved."""
+        self._loaded = True
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Check that the weight arrived and choose the kernel; later calls do nothing."""
+        if self.choice is not None:
+            return
+        if not self._loaded:
+            raise CheckpointError("the weight of a linear layer never arrived")
+        request = KernelRequest(
+            "linear", self.scheme, parameter(layer, "weight_codes").device, self._dtype
+        )
+        self.choice = select_backend(request, self.backend)
+
+    def dequantized(self, layer: nn.Module) -> Tensor:
+        """The weight [N, K] as it acts, in the activations' dtype."""
+        codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
+        return dequantize(codes, scale, self.scheme.granularity, dtype=self._dtype)
+
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x."""
+        assert self.choice is not None, "apply before process_weights_after_loading"
+        out: Tensor = ops.linear(
+            x,
+            parameter(layer, "weight_codes"),
+            parameter(layer, "weight_scale"),
+            layer._parameters.get("bias"),
+            self.scheme.value,
+            self.choice.backend.name,
+        )
+        return out

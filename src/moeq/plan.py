@@ -1,0 +1,247 @@
+"""What becomes of every tensor, decided from headers before the first byte is read.
+
+An engine says which layers its model has and which checkpoint tensors feed them (`Source`); the
+plan checks that they are all there, once each, in the right shape and dtype, and adds up bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moeq.checkpoint.headers import TensorSpec
+from moeq.errors import CheckpointError
+from moeq.experts import scale_shape
+from moeq.schemes import LayerKind, OnlineQuantScheme
+
+Part = Literal["gate", "up", "gate_up", "down"]
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What can be quantized."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor that feeds a quantized layer.
+
+    Attributes:
+        spec: the tensor.
+        part: of an expert; "gate_up" holds both, "down" also stands for the weight of a linear.
+        expert: whose; None where the tensor stacks all experts along its first dimension.
+        transposed: whether matrices are stored [in, out].
+        interleaved: whether a "gate_up" alternates rows of gate and up.
+        is_bias: whether it holds biases and not weights.
+    """
+
+    spec: TensorSpec
+    part: Part
+    expert: int | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    is_bias: bool = False
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of a layer to be quantized: experts, or one linear (num_experts 1, not gated).
+
+    Attributes:
+        name: of the module.
+        kind: "moe" or "linear".
+        num_experts: E.
+        hidden_size: H; input columns of a linear.
+        intermediate_size: I; output rows of a linear.
+        is_gated: whether experts have a gate beside up.
+        has_bias: whether experts have biases (a linear's bias is not ours).
+    """
+
+    name: str
+    kind: LayerKind
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    is_gated: bool = False
+    has_bias: bool = False
+
+    def matrix_shape(self, part: Part) -> tuple[int, int]:
+        """[N, K] of one projection of one expert."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        if self.kind == "linear":
+            return intermediate, hidden
+        match part:
+            case "down":
+                return hidden, intermediate
+            case "gate_up":
+                return 2 * intermediate, hidden
+            case _:
+                return intermediate, hidden
+
+    def quantized_bytes(self, scheme: OnlineQuantScheme, bias_itemsize: int) -> int:
+        """Bytes of codes, scales and biases under a scheme."""
+        parts = 2 if self.is_gated else 1
+        down = self.matrix_shape("down")
+        up = (parts * self.intermediate_size, self.hidden_size)
+        matrices = [((self.num_experts, *down), 1)]
+        if self.kind == "moe":
+            matrices.append(((self.num_experts, *up), parts))
+        total = 0
+        for shape, stacked in matrices:
+            scales = math.prod(scale_shape(scheme.granularity, shape, stacked))
+            total += math.prod(shape) * scheme.weight_dtype.itemsize + 4 * scales
+        if self.has_bias:
+            total += self.num_experts * (up[0] + down[0]) * bias_itemsize
+        return total
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer, its scheme and where its weights come from."""
+
+    shape: LayerShape
+    scheme: OnlineQuantScheme
+    sources: tuple[Source, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Read from the checkpoint for this layer."""
+        return sum(source.spec.nbytes for source in self.sources)
+
+    @property
+    def final_bytes(self) -> int:
+        """Held once loaded."""
+        itemsizes = [s.spec.dtype.itemsize for s in self.sources if s.is_bias]
+        return self.shape.quantized_bytes(self.scheme, itemsizes[0] if itemsizes else 0)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """The whole model.
+
+    Attributes:
+        layers: that are quantized.
+        checkpoint_bytes: of all tensors in the checkpoint.
+        expert_bytes: of those that are expert weights, quantized or not.
+        kept: layer -> the named rule that keeps it unquantized.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    checkpoint_bytes: int
+    expert_bytes: int
+    kept: dict[str, str]
+
+    @property
+    def final_bytes(self) -> int:
+        """Weights held once loaded: quantized layers, and everything else as it is stored."""
+        saved = sum(layer.source_bytes - layer.final_bytes for layer in self.layers)
+        return self.checkpoint_bytes - saved
+
+    @property
+    def window_bytes(self) -> int:
+        """The most that loading holds beyond the final weights: one matrix as it is read, one more
+        that waits for its pair or is transposed, and what quantizing a chunk of it takes."""
+        biggest = max((_matrix_bytes(layer) for layer in self.layers), default=0)
+        return 2 * biggest + (16 << 20)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Final weights and the window."""
+        return self.final_bytes + self.window_bytes
+
+    @property
+    def quantized_expert_bytes(self) -> int:
+        """Checkpoint bytes of expert weights that are quantized."""
+        return sum(
+            source.spec.nbytes
+            for layer in self.layers
+            if layer.shape.kind == "moe"
+            for source in layer.sources
+            if not source.is_bias
+        )
+
+    @property
+    def coverage(self) -> float:
+        """Share of the expert bytes that are quantized, 0 to 1."""
+        return self.quantized_expert_bytes / self.expert_bytes if self.expert_bytes else 0.0
+
+
+def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:
+    """Every projection of every expert exactly once, in the right shape and dtype.
+
+    Raises:
+        CheckpointError: naming the tensor and, for a missing one, the name it should have.
+    """
+    sources = tuple(sources)
+    wanted: dict[tuple[int, str, bool], None] = {}
+    projections = {"gate", "up", "down"} if shape.is_gated else {"up", "down"}
+    if shape.kind == "linear":
+        projections = {"down"}
+    for is_bias in (False, True) if shape.has_bias else (False,):
+        for expert in range(shape.num_experts):
+            wanted.update({(expert, part, is_bias): None for part in sorted(projections)})
+    for source in sources:
+        _check_one(shape, source)
+        experts = range(shape.num_experts) if source.expert is None else (source.expert,)
+        parts = ("gate", "up") if source.part == "gate_up" else (source.part,)
+        for expert in experts:
+            for part in parts:
+                if (expert, part, source.is_bias) not in wanted:
+                    raise CheckpointError(
+                        f"{source.spec.file.name}: {source.spec.name!r} is a second {part}"
+                        f" projection of expert {expert} of {shape.name}"
+                    )
+                del wanted[expert, part, source.is_bias]
+    if wanted:
+        expert, part, is_bias = next(iter(wanted))
+        raise CheckpointError(
+            f"{shape.name}: {len(wanted)} tensors are missing from the checkpoint, the first:"
+            f" {_missing_name(sources, expert, part, is_bias)}",
+            hint="the checkpoint is incomplete, or config.json asks for more than it holds",
+        )
+
+
+def _check_one(shape: LayerShape, source: Source) -> None:
+    spec = source.spec
+    if source.expert is not None and not 0 <= source.expert < shape.num_experts:
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r} is of expert {source.expert}; {shape.name} has"
+            f" {shape.num_experts}",
+            hint="config.json and checkpoint disagree on the number of experts",
+        )
+    if spec.dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r} has dtype {spec.dtype}, expected bfloat16, float16"
+            " or float32",
+            hint="the checkpoint is already quantized; moeq starts from unquantized ones",
+        )
+    n, k = shape.matrix_shape(source.part)
+    want: tuple[int, ...] = (n,) if source.is_bias else (k, n) if source.transposed else (n, k)
+    if source.expert is None and shape.kind == "moe":
+        want = (shape.num_experts, *want)
+    if spec.shape != want:
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r} has shape {list(spec.shape)}, expected {list(want)}"
+            f" for {shape.name}",
+            hint="config.json and checkpoint disagree",
+        )
+
+
+def _missing_name(sources: tuple[Source, ...], expert: int, part: str, is_bias: bool) -> str:
+    """What the tensor would be called, judged by its siblings in other experts."""
+    for source in sources:
+        if source.part == part and source.is_bias == is_bias and source.expert is not None:
+            head, dot, tail = source.spec.name.rpartition(f".{source.expert}.")
+            if dot:
+                return f"{head}.{expert}.{tail}"
+    return f"{part}{' bias' if is_bias else ''} of expert {expert}"
+
+
+def _matrix_bytes(layer: LayerPlan) -> int:
+    """Of the biggest matrix that is read at once, in the checkpoint's dtype."""
+    shape = layer.shape
+    part: Part = "gate_up" if shape.is_gated else "up"
+    n, k = shape.matrix_shape(part)
+    return n * k * max(source.spec.dtype.itemsize for source in layer.sources)

@@ -1,0 +1,224 @@
+"""The numerics: what every kernel, engine and saved checkpoint of moeq agrees on, bit for bit.
+
+    scale = max(amax / qmax, 2^-126)     1 where amax is 0
+    code  = clamp(round_half_even(w / scale), -qmax, qmax)      int8, qmax 127
+    code  = e4m3fn(clamp(w / scale, -qmax, qmax))               fp8,  qmax 448
+    w'    = code * scale
+
+Amax, scale and quotient are fp32 whatever the dtype of the checkpoint: in bf16 the quotient alone
+adds 11 % to the squared error of int8. A row of zeros gets scale 1 and codes that are exactly zero,
+never 0 / 0. The floor of 2^-126 keeps the quotient finite for rows of subnormals.
+
+`amax` and `quantize` are separate because ranks that hold parts of one row reduce the amax between
+them. Both are elementwise or reduce with max, so the bytes do not depend on device, chunking, the
+order in which tensors arrive, or how they are split.
+
+Weights are matrices [..., N, K] (N output rows, K input columns); functions take any number of
+leading dimensions. Left out: zero points, stochastic rounding, clipping searches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeq.errors import NonFiniteError
+from moeq.experts import blocks, scale_shape
+from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
+
+QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Largest code. int8 is symmetric: -128 is never used."""
+
+SCALE_MIN = torch.finfo(torch.float32).tiny
+"""2^-126, the smallest normal fp32: below it a quotient loses bits or overflows."""
+
+_CHUNK = 1 << 20
+"""Elements converted to fp32 at a time: 4 MiB, which stays in a CPU's L2 or L3 cache."""
+
+
+def amax(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Largest magnitude of each group of `weight` that shares a scale.
+
+    Args:
+        weight: [..., N, K], any floating dtype.
+        granularity: what shares a scale.
+
+    Returns:
+        fp32 of shape `scale_shape(granularity, weight.shape)`. A group with a NaN gives NaN.
+    """
+    match granularity:
+        case Granularity.CHANNEL:
+            return _row_amax(weight)
+        case Granularity.TENSOR:
+            return _row_amax(weight).amax(-1)
+        case Granularity.BLOCK:
+            columns = _block_max(weight.abs(), dim=-1)
+            return _block_max(columns, dim=-2).float()
+
+
+def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 scales for codes of `dtype` from the amax of each group; 1 where amax is 0."""
+    scale = (amax.float() / QMAX[dtype]).clamp_(min=SCALE_MIN)
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def quantize(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    granularity: Granularity,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Codes of `weight` under given scales.
+
+    Works through the matrix in chunks of rows, so that memory beyond the result is 8 MiB whatever
+    its size.
+
+    Args:
+        weight: [..., N, K], fp16, bf16 or fp32. NaN and Inf are the caller's to refuse: see
+            `check_finite`.
+        scale: fp32, `scale_shape(granularity, weight.shape)`.
+        dtype: `torch.int8` or `torch.float8_e4m3fn`.
+        granularity: what shares a scale.
+        out: codes [..., N, K] to write into; made where absent.
+
+    Returns:
+        Codes [..., N, K] of `dtype`.
+    """
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    expected = scale_shape(granularity, tuple(weight.shape))
+    assert tuple(scale.shape) == expected, (tuple(scale.shape), expected)
+    if weight.ndim > 2:
+        for w, s, o in zip(weight, scale, out, strict=True):
+            quantize(w, s, dtype, granularity, out=o)
+        return out
+    n, k = weight.shape
+    step = max(BLOCK, _CHUNK // max(k, 1) // BLOCK * BLOCK)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        quotient = weight[rows].float() / _expand(scale, granularity, rows, k)
+        out[rows] = _encode(quotient, dtype)
+    return out
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    granularity: Granularity,
+    *,
+    parts: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`codes * scale`, computed in fp32 and rounded once to `dtype`.
+
+    Args:
+        codes: [..., N, K], int8 or fp8.
+        scale: fp32, `scale_shape(granularity, codes.shape, parts)`.
+        granularity: what shares a scale.
+        parts: projections stacked along N (2 for a w13 with gate and up).
+        dtype: of the result.
+    """
+    *_, n, k = codes.shape
+    if codes.ndim > 2:
+        matrices = [
+            dequantize(c, s, granularity, parts=parts, dtype=dtype)
+            for c, s in zip(codes, scale, strict=True)
+        ]
+        return torch.stack(matrices) if matrices else torch.empty_like(codes, dtype=dtype)
+    if parts > 1 and granularity is Granularity.BLOCK:
+        halves = zip(codes.chunk(parts), scale.chunk(parts), strict=True)
+        return torch.cat([dequantize(c, s, granularity, dtype=dtype) for c, s in halves])
+    return (codes.float() * _expand(scale, granularity, slice(0, n), k)).to(dtype)
+
+
+def quantize_activations(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, Tensor]:
+    """Quantize activations dynamically, as the activation-quantized schemes say.
+
+    Args:
+        x: [T, K], fp16, bf16 or fp32.
+        scheme: one with `quantizes_activations`.
+
+    Returns:
+        Codes [T, K] in the scheme's dtype, and fp32 scales: [T, 1], one per token, or
+        [T, ceil(K / 128)] under `Granularity.BLOCK`.
+    """
+    assert scheme.quantizes_activations, scheme
+    dtype = scheme.weight_dtype
+    if scheme.granularity is not Granularity.BLOCK:
+        scale = scale_from_amax(_row_amax(x), dtype)[:, None]
+        return _encode(x.float() / scale, dtype), scale
+    scale = scale_from_amax(_block_max(x.abs(), dim=-1).float(), dtype)
+    per_column = scale.repeat_interleave(BLOCK, dim=-1)[:, : x.shape[-1]]
+    return _encode(x.float() / per_column, dtype), scale
+
+
+def check_finite(weight: Tensor, amax: Tensor, name: str) -> None:
+    """Refuse NaN and Inf, found through the amax of the weight.
+
+    Args:
+        weight: [..., N, K], looked through only where `amax` is not finite.
+        amax: of `weight`, any granularity.
+        name: of the tensor in the checkpoint, for the message.
+
+    Raises:
+        NonFiniteError: with name, index of the first bad element, and how many there are.
+    """
+    if bool(torch.isfinite(amax).all()):
+        return
+    bad = ~torch.isfinite(weight)
+    first = torch.nonzero(bad)[0].tolist()
+    raise NonFiniteError(
+        f"{name}: {weight[tuple(first)].item()} at {first},"
+        f" {int(bad.sum())} of {weight.numel()} values are NaN or Inf",
+        hint="the checkpoint is damaged or was saved after a diverged step; get it again",
+    )
+
+
+def _encode(quotient: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 quotients to codes, in place where it can. The clamp catches quotients that fp32
+    rounded past qmax, and those of weights above an amax that other ranks agreed on."""
+    if dtype == torch.int8:
+        quotient.round_()
+    return quotient.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
+
+
+def _row_amax(weight: Tensor) -> Tensor:
+    """[..., N, K] -> fp32 [..., N]. min and max in one pass: no copy of |weight|."""
+    if weight.shape[-1] == 0:
+        return weight.new_zeros(weight.shape[:-1], dtype=torch.float32)
+    low, high = torch.aminmax(weight, dim=-1)
+    return torch.maximum(high, low.neg_()).float()
+
+
+def _block_max(magnitude: Tensor, dim: int) -> Tensor:
+    """Max over runs of 128 along `dim` (-1 or -2); the last run may be short."""
+    size = magnitude.shape[dim]
+    whole = size // BLOCK * BLOCK
+    pieces = []
+    if whole:
+        pieces.append(_split(magnitude.narrow(dim, 0, whole), dim).amax(dim))
+    if size > whole:
+        pieces.append(magnitude.narrow(dim, whole, size - whole).amax(dim, keepdim=True))
+    return torch.cat(pieces, dim) if pieces else magnitude
+
+
+def _split(x: Tensor, dim: int) -> Tensor:
+    """Split `dim` (-1 or -2) into runs of 128, which then lie at `dim`."""
+    shape = list(x.shape)
+    axis = x.ndim + dim
+    return x.reshape(*shape[:axis], shape[axis] // BLOCK, BLOCK, *shape[axis + 1 :])
+
+
+def _expand(scale: Tensor, granularity: Granularity, rows: slice, k: int) -> Tensor:
+    """Scales of one matrix, broadcastable against its rows [rows, k]."""
+    match granularity:
+        case Granularity.TENSOR:
+            return scale
+        case Granularity.CHANNEL:
+            return scale[rows, None]
+        case Granularity.BLOCK:
+            grid = scale[rows.start // BLOCK : blocks(rows.stop)]
+            tall = grid.repeat_interleave(BLOCK, dim=0)[: rows.stop - rows.start]
+            return tall.repeat_interleave(BLOCK, dim=1)[:, :k]

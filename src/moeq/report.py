@@ -1,0 +1,152 @@
+"""What a load did: bytes, coverage, memory planned and actual, speed, kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from moeq.plan import LoadPlan
+
+GB = 1e9
+"""Bytes are printed in decimal units: 1 MB is 10^6 bytes, as disks and model cards count."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Printed after every load.
+
+    Attributes:
+        expert_bytes_before: of expert weights in the checkpoint.
+        expert_bytes_after: of expert codes and scales in memory.
+        total_bytes_before: of all tensors in the checkpoint.
+        total_bytes_after: of all weights in memory.
+        coverage: share of the expert bytes that were quantized, 0 to 1.
+        peak_bytes_planned: the most memory that loading was to take.
+        peak_bytes_actual: that it took beyond what the process had; None where it cannot be read.
+        seconds: from the first byte to the last.
+        kernels: layer kind -> backend, with its note.
+        kept: layer -> the rule that kept it unquantized.
+    """
+
+    expert_bytes_before: int
+    expert_bytes_after: int
+    total_bytes_before: int
+    total_bytes_after: int
+    coverage: float
+    peak_bytes_planned: int
+    peak_bytes_actual: int | None
+    seconds: float
+    kernels: dict[str, str]
+    kept: dict[str, str]
+
+    @property
+    def gb_per_second(self) -> float:
+        """Checkpoint bytes over load time."""
+        return self.total_bytes_before / GB / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"gb_per_second": self.gb_per_second}
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        actual = self.peak_bytes_actual
+        lines = [
+            f"experts  {size(self.expert_bytes_before)} -> {size(self.expert_bytes_after)}"
+            f"   ({self.coverage:.0%} of expert bytes quantized)",
+            f"weights  {size(self.total_bytes_before)} -> {size(self.total_bytes_after)}",
+            f"peak     {size(self.peak_bytes_planned)} planned,"
+            f" {'not measured' if actual is None else size(actual) + ' actual'}",
+            f"time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s",
+        ]
+        lines += [f"kernel   {kind}: {kernel}" for kind, kernel in self.kernels.items()]
+        rules = sorted(set(self.kept.values()))
+        for rule in rules:
+            names = [name for name, why in self.kept.items() if why == rule]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"kept     {names[0]}{more}: {rule}")
+        return lines
+
+
+def make_report(
+    plan: LoadPlan, *, peak: int | None, seconds: float, kernels: dict[str, str]
+) -> LoadReport:
+    """The report of a load that followed `plan`."""
+    moe = [layer for layer in plan.layers if layer.shape.kind == "moe"]
+    unquantized = plan.expert_bytes - plan.quantized_expert_bytes
+    return LoadReport(
+        expert_bytes_before=plan.expert_bytes,
+        expert_bytes_after=sum(layer.final_bytes for layer in moe) + unquantized,
+        total_bytes_before=plan.checkpoint_bytes,
+        total_bytes_after=plan.final_bytes,
+        coverage=plan.coverage,
+        peak_bytes_planned=plan.peak_bytes,
+        peak_bytes_actual=peak,
+        seconds=seconds,
+        kernels=kernels,
+        kept=plan.kept,
+    )
+
+
+def size(nbytes: int) -> str:
+    """12_345_678 -> '12.3 MB'."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.1f} {unit}"
+    return f"{nbytes} B"
+
+
+class PeakMemory:
+    """Samples the process's anonymous memory while it is entered.
+
+    Anonymous pages are what a process cannot give back; mapped files are left out. Read from
+    /proc, so `peak_bytes` stays None where there is none (macOS).
+    """
+
+    _EVERY_SECONDS = 0.005
+
+    def __init__(self) -> None:
+        self.peak_bytes: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._start_bytes = anonymous_bytes()
+        self._highest = self._start_bytes or 0
+
+    def __enter__(self) -> PeakMemory:
+        if self._start_bytes is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._start_bytes is not None:
+            self._thread.join()
+            self._sample()
+            self.peak_bytes = self._highest - self._start_bytes
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._EVERY_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        self._highest = max(self._highest, anonymous_bytes() or 0)
+
+
+def anonymous_bytes() -> int | None:
+    """Anonymous resident memory of this process, or None where the system does not say."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
