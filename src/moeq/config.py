@@ -177,10 +177,14 @@ class OnlineQuantizationConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """As it stands in config.json.
+
+        Targets are a list of pairs, because their order counts and transformers sorts the keys of
+        what it saves.
+        """
         entries: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         if self.targets:
-            entries["targets"] = {p: scheme.value for p, scheme in self.targets.items()}
+            entries["targets"] = [[p, scheme.value] for p, scheme in self.targets.items()]
         else:
             entries["moe"] = _NONE if self.moe is None else self.moe.value
             entries["linear"] = _NONE if self.linear is None else self.linear.value
@@ -215,6 +219,8 @@ class OnlineQuantizationConfig:
                 near = difflib.get_close_matches(key, allowed, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(allowed)
                 raise ConfigError(f"unknown key {key!r} in the quantization config", hint=hint)
+        if isinstance(entries.get("targets"), list):
+            entries["targets"] = _pairs(entries["targets"])
         config = cls(**entries)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -237,7 +243,9 @@ class OnlineQuantizationConfig:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def __repr__(self) -> str:
-        entries = {k: v for k, v in self.to_dict().items() if k in ("moe", "linear", "targets")}
+        entries = {k: v for k, v in self.to_dict().items() if k in ("moe", "linear")}
+        if self.targets:
+            entries["targets"] = {p: scheme.value for p, scheme in self.targets.items()}
         if self.ignore:
             entries["ignore"] = list(self.ignore)
         return f"OnlineQuantizationConfig({', '.join(f'{k}={v!r}' for k, v in entries.items())})"
@@ -258,6 +266,12 @@ def _check_pattern(pattern: str) -> None:
             re.compile(pattern[3:])
         except re.error as error:
             raise PatternError(f"pattern {pattern!r}: {error}") from None
+
+
+def _pairs(targets: list[Any]) -> dict[str, str]:
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in targets):
+        raise ConfigError(f"targets are pairs of pattern and scheme, found {targets!r}")
+    return dict(targets)
 
 
 def _scheme_of_kind(

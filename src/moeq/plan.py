@@ -163,6 +163,12 @@ class LoadPlan:
         )
 
     @property
+    def final_expert_bytes(self) -> int:
+        """Held for experts once loaded."""
+        moe = sum(layer.final_bytes for layer in self.layers if layer.shape.kind == "moe")
+        return moe + self.expert_bytes - self.quantized_expert_bytes
+
+    @property
     def coverage(self) -> float:
         """Share of the expert bytes that are quantized, 0 to 1."""
         return self.quantized_expert_bytes / self.expert_bytes if self.expert_bytes else 0.0

@@ -19,6 +19,8 @@ leading dimensions. Left out: zero points, stochastic rounding, clipping searche
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,11 @@ QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SCALE_MIN = torch.finfo(torch.float32).tiny
 """2^-126, the smallest normal fp32: below it a quotient loses bits or overflows."""
 
-_CHUNK = 1 << 20
-"""Elements converted to fp32 at a time: 4 MiB, which stays in a CPU's L2 or L3 cache."""
+_CHUNK = {"cpu": 1 << 15}
+"""Elements worked on at a time, by device type, in whole rows or rows of blocks: on a CPU, what a
+core's cache holds in fp32."""
+
+_CHUNK_ELSEWHERE = 1 << 24
 
 
 def amax(weight: Tensor, granularity: Granularity) -> Tensor:
@@ -46,14 +51,20 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
     Returns:
         fp32 of shape `scale_shape(granularity, weight.shape)`. A group with a NaN gives NaN.
     """
-    match granularity:
-        case Granularity.CHANNEL:
-            return _row_amax(weight)
-        case Granularity.TENSOR:
-            return _row_amax(weight).amax(-1)
-        case Granularity.BLOCK:
-            columns = _block_max(weight.abs(), dim=-1)
-            return _block_max(columns, dim=-2).float()
+    if weight.ndim > 2:
+        return torch.stack([amax(w, granularity) for w in weight])
+    if weight.numel() == 0:
+        shape = scale_shape(granularity, tuple(weight.shape))
+        return torch.zeros(shape, dtype=torch.float32, device=weight.device)
+    pieces = []
+    for rows in _row_chunks(weight, granularity):
+        magnitude = weight[rows].abs()
+        if granularity is Granularity.BLOCK:
+            pieces.append(_block_max(_block_max(magnitude, dim=-1), dim=-2))
+        else:
+            pieces.append(magnitude.amax(-1))
+    whole = torch.cat(pieces).float()
+    return whole.amax(-1) if granularity is Granularity.TENSOR else whole
 
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,8 +83,8 @@ def quantize(
 ) -> Tensor:
     """Codes of `weight` under given scales.
 
-    Works through the matrix in chunks of rows, so that memory beyond the result is 8 MiB whatever
-    its size.
+    Works through the matrix in chunks of rows, so that memory beyond the result does not grow with
+    its height.
 
     Args:
         weight: [..., N, K], fp16, bf16 or fp32. NaN and Inf are the caller's to refuse: see
@@ -94,10 +105,8 @@ def quantize(
         for w, s, o in zip(weight, scale, out, strict=True):
             quantize(w, s, dtype, granularity, out=o)
         return out
-    n, k = weight.shape
-    step = max(BLOCK, _CHUNK // max(k, 1) // BLOCK * BLOCK)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
+    k = weight.shape[1]
+    for rows in _row_chunks(weight, granularity):
         quotient = weight[rows].float() / _expand(scale, granularity, rows, k)
         out[rows] = _encode(quotient, dtype)
     return out
@@ -147,7 +156,7 @@ def quantize_activations(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, 
     assert scheme.quantizes_activations, scheme
     dtype = scheme.weight_dtype
     if scheme.granularity is not Granularity.BLOCK:
-        scale = scale_from_amax(_row_amax(x), dtype)[:, None]
+        scale = scale_from_amax(x.abs().amax(-1), dtype)[:, None]
         return _encode(x.float() / scale, dtype), scale
     scale = scale_from_amax(_block_max(x.abs(), dim=-1).float(), dtype)
     per_column = scale.repeat_interleave(BLOCK, dim=-1)[:, : x.shape[-1]]
@@ -184,12 +193,14 @@ def _encode(quotient: Tensor, dtype: torch.dtype) -> Tensor:
     return quotient.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
 
 
-def _row_amax(weight: Tensor) -> Tensor:
-    """[..., N, K] -> fp32 [..., N]. min and max in one pass: no copy of |weight|."""
-    if weight.shape[-1] == 0:
-        return weight.new_zeros(weight.shape[:-1], dtype=torch.float32)
-    low, high = torch.aminmax(weight, dim=-1)
-    return torch.maximum(high, low.neg_()).float()
+def _row_chunks(weight: Tensor, granularity: Granularity) -> Iterator[slice]:
+    """Rows of a matrix, a chunk at a time; blocks are never cut."""
+    n, k = weight.shape
+    unit = BLOCK if granularity is Granularity.BLOCK else 1
+    elements = _CHUNK.get(weight.device.type, _CHUNK_ELSEWHERE)
+    step = max(unit, elements // max(k, 1) // unit * unit)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 def _block_max(magnitude: Tensor, dim: int) -> Tensor:

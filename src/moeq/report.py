@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
+import weakref
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from moeq.plan import LoadPlan
+
+_SAMPLE_EVERY_SECONDS = 0.005
 
 GB = 1e9
 """Bytes are printed in decimal units: 1 MB is 10^6 bytes, as disks and model cards count."""
@@ -75,11 +79,9 @@ def make_report(
     plan: LoadPlan, *, peak: int | None, seconds: float, kernels: dict[str, str]
 ) -> LoadReport:
     """The report of a load that followed `plan`."""
-    moe = [layer for layer in plan.layers if layer.shape.kind == "moe"]
-    unquantized = plan.expert_bytes - plan.quantized_expert_bytes
     return LoadReport(
         expert_bytes_before=plan.expert_bytes,
-        expert_bytes_after=sum(layer.final_bytes for layer in moe) + unquantized,
+        expert_bytes_after=plan.final_expert_bytes,
         total_bytes_before=plan.checkpoint_bytes,
         total_bytes_after=plan.final_bytes,
         coverage=plan.coverage,
@@ -103,15 +105,14 @@ class PeakMemory:
     """Samples the process's anonymous memory while it is entered.
 
     Anonymous pages are what a process cannot give back; mapped files are left out. Read from
-    /proc, so `peak_bytes` stays None where there is none (macOS).
+    /proc, so `peak_bytes` stays None where there is none (macOS). A load that fails need not leave
+    it: the sampling thread ends when nobody holds the object any more.
     """
-
-    _EVERY_SECONDS = 0.005
 
     def __init__(self) -> None:
         self.peak_bytes: int | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
         self._start_bytes = anonymous_bytes()
         self._highest = self._start_bytes or 0
 
@@ -129,15 +130,19 @@ class PeakMemory:
         self._stop.set()
         if self._start_bytes is not None:
             self._thread.join()
-            self._sample()
+            self.sample()
             self.peak_bytes = self._highest - self._start_bytes
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self._EVERY_SECONDS):
-            self._sample()
-
-    def _sample(self) -> None:
+    def sample(self) -> bool:
+        """Look once; False once it has been left."""
         self._highest = max(self._highest, anonymous_bytes() or 0)
+        return not self._stop.is_set()
+
+
+def _watch(memory: weakref.ref[PeakMemory]) -> None:
+    while (watched := memory()) is not None and watched.sample():
+        del watched
+        time.sleep(_SAMPLE_EVERY_SECONDS)
 
 
 def anonymous_bytes() -> int | None:

@@ -19,6 +19,7 @@ import torch
 from moeq.errors import UnknownSchemeError
 
 LayerKind = Literal["moe", "linear"]
+LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear")
 
 BLOCK = 128
 """Rows and columns of a weight, and columns of an activation, that share a scale under BLOCK."""

@@ -107,31 +107,46 @@ def find_routes(
     return Routes(tuple(plans), merged, claims, sources)
 
 
-def check_saved(
-    model: nn.Module, specs: Mapping[str, TensorSpec], conversions: list[Any], names: set[str]
-) -> None:
-    """Every quantized parameter of a checkpoint that we saved is there, as the model expects it.
+def saved_plans(
+    model: nn.Module,
+    targets: Iterable[Target],
+    specs: Mapping[str, TensorSpec],
+    conversions: list[Any],
+) -> tuple[LayerPlan, ...]:
+    """The layers of a checkpoint that we saved, checked to be there as the model expects them.
 
     Args:
         model: on the meta device, with quantized parameters.
+        targets: the layers that are quantized.
         specs: of the checkpoint.
         conversions: transformers' table for this model.
-        names: of the quantized parameters.
 
     Raises:
         CheckpointError: a missing or misshapen tensor, or a wrong dtype.
     """
     found = {route.parameter: route.spec for route, _ in _routes(model, specs, conversions)}
-    for name in sorted(names):
-        expected = model.get_parameter(name)
-        if name not in found:
-            raise CheckpointError(f"{name}: missing from the quantized checkpoint")
-        spec = found[name]
-        if spec.shape != tuple(expected.shape) or spec.dtype != expected.dtype:
-            raise CheckpointError(
-                f"{spec.file.name}: {spec.name!r} is {spec.dtype} {list(spec.shape)}, expected"
-                f" {expected.dtype} {list(expected.shape)}"
-            )
+    plans = []
+    for target in targets:
+        sources = []
+        for name in quantized_names(target.module):
+            expected = target.module.get_parameter(name)
+            parameter = f"{target.shape.name}.{name}"
+            if parameter not in found:
+                raise CheckpointError(f"{parameter}: missing from the quantized checkpoint")
+            spec = found[parameter]
+            if spec.shape != tuple(expected.shape) or spec.dtype != expected.dtype:
+                raise CheckpointError(
+                    f"{spec.file.name}: {spec.name!r} is {spec.dtype} {list(spec.shape)}, expected"
+                    f" {expected.dtype} {list(expected.shape)}"
+                )
+            sources.append(Source(spec, "down", is_bias=name.endswith("_bias")))
+        plans.append(LayerPlan(target.shape, target.scheme, tuple(sources)))
+    return tuple(plans)
+
+
+def quantized_names(module: nn.Module) -> list[str]:
+    """The parameters that a method has registered on a layer."""
+    return [name for name in module._parameters if name.startswith(("w13_", "w2_", "weight_"))]
 
 
 def _parameter_names(target: Target) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ changed between those are marked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
@@ -37,12 +38,12 @@ from moeq.checkpoint.headers import TensorSpec, checkpoint_files, read_headers
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.reader import TensorReader
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
-from moeq.engines.hf_routes import Routes, check_saved, find_routes
+from moeq.engines.hf_routes import Routes, find_routes, quantized_names, saved_plans
 from moeq.engines.hf_structure import Target, activation_of, find_targets, is_experts
 from moeq.errors import CheckpointError, ConfigError, ModelError
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
-from moeq.plan import LoadPlan, Source
+from moeq.plan import LayerPlan, LoadPlan, Source
 from moeq.report import LoadReport, PeakMemory, make_report
 from moeq.schemes import OnlineQuantScheme
 
@@ -85,8 +86,7 @@ def load(
         MoeqError: whatever is wrong with checkpoint, configuration or machine.
     """
     folder = resolve_model(model)
-    checkpoint_files(folder)
-    entries = read_config(folder)
+    entries = check_folder(folder)
     saved = entries.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
     config = None
     if quantization is not None:
@@ -100,6 +100,10 @@ def load(
     elif not saved:
         known = ", ".join(scheme.value for scheme in OnlineQuantScheme)
         raise ConfigError(f"{folder} is not quantized and no scheme is named", hint=known)
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
     register_with_transformers()
     token = _progress.set(progress)
     try:
@@ -110,12 +114,17 @@ def load(
         _progress.reset(token)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model that moeq can start from, or has saved.
+def check_folder(folder: Path) -> dict[str, Any]:
+    """That a folder holds a model that moeq can start from, or has saved.
+
+    Returns:
+        Its config.json.
 
     Raises:
-        CheckpointError: not JSON, an unknown architecture, or quantized by somebody else.
+        CheckpointError: files missing, config not JSON, an unknown architecture, or quantized by
+            somebody else.
     """
+    checkpoint_files(folder)
     path = folder / "config.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -206,6 +215,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self._started = time.perf_counter()
         self._memory = PeakMemory()
+        self._memory.__enter__()
+        self._read_bytes = 0
         self._model = model
         self._dtype = kwargs.get("dtype") or torch.get_default_dtype()
         self._device = _single_device(kwargs.get("device_map"))
@@ -219,12 +230,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> Any:
         # `model` is passed from 5.20 on
         if self.pre_quantized:
-            names = {
-                f"{target.shape.name}.{name}"
-                for target in self._targets
-                for name in _quantized_names(target.module)
-            }
-            check_saved(self._model, self._specs, weight_conversions, names)
+            plans = saved_plans(self._model, self._targets, self._specs, weight_conversions)
+            self.plan = _load_plan(self._model, plans, self._specs, self._kept)
             return weight_conversions
         self._routes = find_routes(self._model, self._targets, self._specs, weight_conversions)
         for name in self._routes.merged:
@@ -232,7 +239,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._routes.merged:
             self.quantization_config = self.quantization_config.ignoring(self._routes.merged)
             self._targets = [t for t in self._targets if t.shape.name not in self._routes.merged]
-        self.plan = _load_plan(self._model, self._routes, self._specs, self._kept)
+        self.plan = _load_plan(self._model, self._routes.plans, self._specs, self._kept)
         self._by_parameter = {
             parameter: target
             for target in self._targets
@@ -241,9 +248,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         for target in self._targets:
             self._create_weights(target)
-        self._memory.__enter__()
         self._reader = TensorReader(self._advance)
-        self._read_bytes = 0
         return [ClaimingConverter(self._routes.claims), *weight_conversions]
 
     def load_parameter(self, parameter: str) -> set[str]:
@@ -260,14 +265,15 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ModelError(
                 f"{name} is sharded over ranks", hint="moeq's transformers engine runs one process"
             )
-        for source in self._routes.sources[parameter]:
-            if isinstance(method, OnlineLinearMethod):
-                weight = self._reader.read(source.spec)
-                method.load(module, weight, source.spec.name, self._device)
-            else:
-                method.materialize(module, self._device)
-                self._load_source(method, module, target, source)
-        return {parameter, *(f"{name}.{ours}" for ours in _quantized_names(module))}
+        with _one_thread():
+            for source in self._routes.sources[parameter]:
+                if isinstance(method, OnlineLinearMethod):
+                    weight = self._reader.read(source.spec)
+                    method.load(module, weight, source.spec.name, self._device)
+                else:
+                    method.materialize(module, self._device)
+                    self._load_source(method, module, target, source)
+        return {parameter, *(f"{name}.{ours}" for ours in quantized_names(module))}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for target in self._targets:
@@ -278,22 +284,22 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._choose_kernel(target)
         if not self.pre_quantized:
             self._reader.close()
-            self._advance(self.plan.checkpoint_bytes - self._read_bytes)  # transformers' share
-            self._memory.__exit__(None, None, None)
             # Ours must not be undone when saving: codes are saved as they are
             model._weight_conversions = [
                 entry
                 for entry in getattr(model, "_weight_conversions", None) or []
                 if not isinstance(entry, ClaimingConverter)
             ]
-            self.report = make_report(
-                self.plan,
-                peak=self._memory.peak_bytes,
-                seconds=time.perf_counter() - self._started,
-                kernels=self._kernels(),
-            )
-            for line in self.report.lines():
-                logger.info(line)
+        self._memory.__exit__(None, None, None)
+        self._advance(self.plan.checkpoint_bytes - self._read_bytes)  # transformers' share
+        self.report = make_report(
+            self.plan,
+            peak=self._memory.peak_bytes,
+            seconds=time.perf_counter() - self._started,
+            kernels=self._kernels(),
+        )
+        for line in self.report.lines():
+            logger.info(line)
         model.config.quantization_config = self.quantization_config
 
     # Steps of the load.
@@ -316,6 +322,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 out_features=shape.intermediate_size,
                 dtype=self._dtype,
             )
+            method.select_backend(self._device)
             return
         method.create_weights(
             target.module,
@@ -326,6 +333,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             has_bias=shape.has_bias,
             dtype=self._dtype,
         )
+        method.select_backend(self._device, activation_of(target.module)[0])
 
     def _load_source(
         self, method: OnlineMoEMethodBase, module: nn.Module, target: Target, source: Source
@@ -397,7 +405,7 @@ class ClaimingConverter(WeightConverter):  # type: ignore[misc]
         parameter = self.claims.get(source_key)
         if parameter is None:
             return source_key, None
-        self._was_used = True
+        self._was_used = True  # type: ignore[misc]  # a slot of the base class
         return parameter, self.source_patterns[0]
 
     def convert(
@@ -451,6 +459,33 @@ def _experts_class(base: type[nn.Module]) -> type[nn.Module]:
     return _EXPERTS_CLASSES[base]
 
 
+def quantization_of(model: nn.Module) -> OnlineQuantizationConfig:
+    """The config under which a model was quantized.
+
+    Raises:
+        ModelError: moeq did not quantize it.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, MoeqHfQuantizer):
+        raise ModelError("the model was not quantized by moeq while it loaded")
+    return quantizer.quantization_config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer ({type(error).__name__})",
+            hint="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+
+
 def report_of(model: nn.Module) -> LoadReport:
     """The report of the load that made this model.
 
@@ -464,6 +499,18 @@ def report_of(model: nn.Module) -> LoadReport:
     return report
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Quantizing runs operators of some microseconds: threads of an operator wait for one another
+    longer than they work, and a hundred times longer where another process has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _pieces(source: Source, tensor: Tensor) -> list[tuple[Any, Tensor]]:
     """Projections in one matrix [N, K] or bias [N]."""
     if source.part != "gate_up":
@@ -474,16 +521,15 @@ def _pieces(source: Source, tensor: Tensor) -> list[tuple[Any, Tensor]]:
     return [("gate", gate), ("up", up)]
 
 
-def _quantized_names(module: nn.Module) -> list[str]:
-    return [name for name in module._parameters if name.startswith(("w13_", "w2_", "weight_"))]
-
-
 def _load_plan(
-    model: nn.Module, routes: Routes, specs: dict[str, TensorSpec], kept: dict[str, str]
+    model: nn.Module,
+    plans: tuple[LayerPlan, ...],
+    specs: dict[str, TensorSpec],
+    kept: dict[str, str],
 ) -> LoadPlan:
     quantized = sum(
         source.spec.nbytes
-        for plan in routes.plans
+        for plan in plans
         if plan.shape.kind == "moe"
         for source in plan.sources
         if not source.is_bias
@@ -496,7 +542,7 @@ def _load_plan(
         if parameter is not None and parameter.ndim == 3
     )
     total = sum(spec.nbytes for spec in specs.values())
-    return LoadPlan(routes.plans, total, quantized + unquantized, kept)
+    return LoadPlan(plans, total, quantized + unquantized, kept)
 
 
 def _single_device(device_map: Any) -> torch.device:

@@ -189,11 +189,17 @@ class OnlineMoEMethodBase:
                 f" the first: {projection} of expert {expert}",
                 hint="the checkpoint is incomplete; nothing was filled in",
             )
-        request = KernelRequest(
-            "moe", self.scheme, parameter(layer, "w13_codes").device, self._dtype, activation
-        )
-        self.choice = select_backend(request, self.backend)
+        self.choice = self.select_backend(parameter(layer, "w13_codes").device, activation)
         self._activation, self._gate, self._after = activation, gate, after
+
+    def select_backend(self, device: torch.device, activation: str | None) -> Choice:
+        """The kernel that would run: to ask before anything is loaded.
+
+        Raises:
+            BackendError: none does.
+        """
+        request = KernelRequest("moe", self.scheme, device, self._dtype, activation)
+        return select_backend(request, self.backend)
 
     def mark_loaded(self) -> None:
         """Everything arrived already quantized: a checkpoint that moeq saved."""

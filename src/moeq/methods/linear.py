@@ -56,6 +56,15 @@ class OnlineLinearMethod:
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
         self._loaded = True
 
+    def select_backend(self, device: torch.device) -> Choice:
+        """The kernel that would run: to ask before anything is loaded.
+
+        Raises:
+            BackendError: none does.
+        """
+        request = KernelRequest("linear", self.scheme, device, self._dtype)
+        return select_backend(request, self.backend)
+
     def mark_loaded(self) -> None:
         """The weight arrived already quantized: a checkpoint that moeq saved."""
         self._loaded = True
@@ -66,10 +75,7 @@ class OnlineLinearMethod:
             return
         if not self._loaded:
             raise CheckpointError("the weight of a linear layer never arrived")
-        request = KernelRequest(
-            "linear", self.scheme, parameter(layer, "weight_codes").device, self._dtype
-        )
-        self.choice = select_backend(request, self.backend)
+        self.choice = self.select_backend(parameter(layer, "weight_codes").device)
 
     def dequantized(self, layer: nn.Module) -> Tensor:
         """The weight [N, K] as it acts, in the activations' dtype."""

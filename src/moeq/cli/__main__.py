@@ -1,0 +1,5 @@
+"""`python -m moeq.cli`."""
+
+from moeq.cli import main
+
+main()

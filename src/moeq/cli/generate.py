@@ -1,0 +1,148 @@
+"""`moeq generate`: load a model quantized and let it write."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from moeq.config import OnlineQuantizationConfig
+
+_EPILOG = """\b
+Examples:
+  moeq generate Qwen/Qwen3-30B-A3B --quantization int8_per_channel_weight_only --prompt "Once"
+  moeq generate ./model --quantization fp8_per_channel --linear none --json --prompt "def f("
+  moeq generate ./model --targets "re:.*experts=fp8_per_block" < prompt.txt
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("model")
+@click.option("--quantization", "-q", help="A scheme for every kind of layer that it covers.")
+@click.option("--moe", help='A scheme for experts, or "none".')
+@click.option("--linear", help='A scheme for linear layers, or "none".')
+@click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex.")
+@click.option("--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers.")
+@click.option("--prompt", help="Text to continue; read from stdin where absent.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def generate(
+    model: str,
+    quantization: str | None,
+    moe: str | None,
+    linear: str | None,
+    ignore: tuple[str, ...],
+    targets: tuple[str, ...],
+    prompt: str | None,
+    max_new_tokens: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Load MODEL quantized and continue a prompt, greedily.
+
+    MODEL is a folder with config.json and safetensors, or an id on the Hugging Face hub. A
+    checkpoint that moeq saved needs no scheme.
+    """
+    config = quantization_config(quantization, moe, linear, ignore, targets)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: pass --prompt, or pipe text in")
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise click.UsageError("the prompt is empty")
+    result = _generate(model, config, prompt, max_new_tokens, device, stream=not as_json)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+
+
+def quantization_config(
+    quantization: str | None,
+    moe: str | None,
+    linear: str | None,
+    ignore: tuple[str, ...],
+    targets: tuple[str, ...],
+) -> OnlineQuantizationConfig | None:
+    """The config that options of the command line describe; None where none was given."""
+    from moeq.config import OnlineQuantizationConfig
+    from moeq.errors import ConfigError
+
+    pairs = {}
+    for target in targets:
+        pattern, sign, scheme = target.rpartition("=")
+        if not sign or not pattern:
+            raise ConfigError(f"target {target!r}", hint="expected PATTERN=SCHEME")
+        pairs[pattern] = scheme
+    if not (quantization or moe or linear or pairs):
+        if ignore:
+            raise ConfigError("--ignore without a scheme", hint="add --quantization NAME")
+        return None
+    return OnlineQuantizationConfig(
+        quantization, moe=moe, linear=linear, ignore=ignore, targets=pairs
+    )
+
+
+def _generate(
+    model_name: str,
+    config: OnlineQuantizationConfig | None,
+    prompt: str,
+    max_new_tokens: int,
+    device: str,
+    *,
+    stream: bool,
+) -> dict[str, Any]:
+    from transformers import TextStreamer
+
+    from moeq.checkpoint.hub import resolve_model
+    from moeq.cli.progress import bytes_bar
+    from moeq.engines.transformers import (
+        check_folder,
+        load,
+        load_tokenizer,
+        quantization_of,
+        report_of,
+    )
+
+    quiet_transformers()
+    folder = resolve_model(model_name)
+    check_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    with bytes_bar(f"loading {Path(model_name).name}") as progress:
+        model = load(folder, config, device=device, progress=progress)
+    report = report_of(model)
+    for line in report.lines():
+        click.echo(line, err=True)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if limit is not None and length + max_new_tokens > limit:
+        click.echo(f"note: {length + max_new_tokens} tokens, the model knows {limit}", err=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True) if stream else None
+    started = time.perf_counter()
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+    )
+    seconds = time.perf_counter() - started
+    new = output[0, length:]
+    click.echo(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", err=True)
+    return {
+        "model": model_name,
+        "quantization": quantization_of(model).to_dict(),
+        "prompt": prompt,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "seconds": seconds,
+        "load": report.to_dict(),
+    }
+
+
+def quiet_transformers() -> None:
+    """We show one bar of our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
