@@ -8,7 +8,7 @@ enough to ship inside a Python package and good enough that quantizing it does s
 measure: perplexity on ordinary source code.
 
 Data     The `.py` files of the standard library of the Python that runs this script (or of
-         `--source DIR`): about 25 MB, tests included.  They are under the PSF License, version 2.
+         `--source DIR`): 28 MB, tests included.  They are under the PSF License, version 2.
          Generated tables and files that are mostly numbers are left out.  Two groups of modules
          are held out together with their tests: VALIDATION steers decisions during training, and
          HELD_OUT is scored once, at the end.
@@ -16,9 +16,13 @@ Model    The transformers implementation itself, so the weights mean there what 
          We keep float32 master weights for the optimizer, and run forward and backward with their
          bfloat16 copies: the numbers that are evaluated are the numbers that ship.
 Run      pip install torch transformers tokenizers
-         python examples/train_tiny_python.py --out tiny_python        # about 9 minutes, one H100
-         python examples/train_tiny_python.py --smoke --out /tmp/t     # seconds, on a CPU
-Reached  @@REACHED@@
+         python examples/train_tiny_python.py --out tiny_python        # under 4 minutes, one H100
+         python examples/train_tiny_python.py --smoke --out /tmp/t     # under a minute, on a CPU
+Reached  With the library of Python 3.11.7 (1,524 training files, 8.2 M tokens), after 5,000 steps
+         (328 M tokens, 40 passes) in 161 seconds: loss 1.170 on training files, 1.960 on validation
+         files and 2.367 on held-out files.  The last is a perplexity of 10.66 per token, 0.980 bits
+         per byte; token frequencies alone give 965.8 and 2.846.  The gap between training and
+         held-out files is what a corpus this small leaves; fluent code is not to be expected.
 
 The file reads from top to bottom: corpus, tokenizer, model, batches, training, scoring.
 """
@@ -27,17 +31,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import pathlib
 import re
 import sysconfig
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,37 +57,26 @@ from transformers.utils import logging
 # Never trained on, and scored only after training.  Ordinary modules that CPython 3.11 to 3.14
 # all have, so that anyone can score the model with the files of their own Python.
 HELD_OUT = (
-    "bisect.py",
-    "cmd.py",
-    "graphlib.py",
-    "heapq.py",
-    "queue.py",
-    "sched.py",
-    "shelve.py",
-    "textwrap.py",
-)
+    "bisect.py", "cmd.py", "graphlib.py", "heapq.py", "queue.py",
+    "sched.py", "shelve.py", "textwrap.py",
+)  # fmt: skip
 # Never trained on, but looked at while training: for choosing settings and the best checkpoint.
 VALIDATION = (
-    "calendar.py",
-    "contextlib.py",
-    "fnmatch.py",
-    "glob.py",
-    "netrc.py",
-    "reprlib.py",
-    "shlex.py",
-    "timeit.py",
-)
+    "calendar.py", "contextlib.py", "fnmatch.py", "glob.py", "netrc.py",
+    "reprlib.py", "shlex.py", "timeit.py",
+)  # fmt: skip
 # Third-party packages, generated tables, and inputs of tests that are Python only in name.
 SKIP_DIRS = {"site-packages", "__pycache__", "encodings", "pydoc_data", "data", "tokenizedata"}
 SKIP_NAMES = re.compile(r"_sysconfigdata|bad|entities\.py|stringprep\.py")
 
 END = "<|endoftext|>"  # begins every document; after the last token, it also ends one
+# No line end after the last word: "\n    " begins a token of its own with the spaces that follow.
 PROMPTS = (
-    "def fibonacci(n):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\n\ndef read_lines(path):\n",
-    "class TestParser(unittest.TestCase):\n",
-    "    try:\n        value = int(",
+    "def fibonacci(n):",
+    "class Stack:\n    def __init__(self):",
+    "import os\n\ndef read_lines(path):",
+    "class TestParser(unittest.TestCase):",
+    "for line in",
 )
 
 
@@ -100,13 +95,15 @@ class Recipe:
     head_dim: int = 64
     context: int = 2048
     rows: int = 32  # sequences in a batch: 32 x 2048 = 65,536 tokens a step
-    steps: int = 7000
+    steps: int = 5000
     warmup: int = 200
     lr: float = 3e-3
-    weight_decay: float = 0.2  # 8 M weights see some 7 M tokens dozens of times: regularise
-    dropout: float = 0.1
+    # As many weights as tokens, and 40 passes over these: what limits the model is data, not time.
+    # Of the settings tried (decay 0.2, 0.5, 1.0; dropout 0.1, 0.2, 0.25), the strongest were best.
+    weight_decay: float = 1.0
+    dropout: float = 0.25
     balance: float = 0.01  # weight of the auxiliary loss that keeps all experts in use
-    eval_every: int = 250
+    eval_every: int = 500
     seed: int = 1
 
 
@@ -116,8 +113,7 @@ SMOKE = Recipe(
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Corpus
+# ---- Corpus ------------------------------------------------------------------------------------
 
 
 def is_mostly_numbers(text: str) -> bool:
@@ -155,8 +151,7 @@ def split(files: dict[str, str]) -> tuple[list[str], list[str], list[str]]:
     return train, [files[n] for n in VALIDATION], [files[n] for n in HELD_OUT]
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokenizer
+# ---- Tokenizer ---------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -166,7 +161,10 @@ def train_tokenizer(texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab, special_tokens=[END], initial_alphabet=alphabet
+        vocab_size=recipe.vocab,
+        special_tokens=[END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     # Documents begin with END in training, so let the tokenizer put it before every text.
@@ -183,8 +181,7 @@ def train_tokenizer(texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Model
+# ---- Model -------------------------------------------------------------------------------------
 
 
 def build_model(recipe: Recipe, end_id: int, device: str) -> Qwen3MoeForCausalLM:
@@ -222,7 +219,7 @@ def add_dropout(model: Qwen3MoeForCausalLM, p: float) -> None:
     or code of the model.
     """
 
-    def drop(module: torch.nn.Module, _args: object, output: object) -> object:
+    def drop(module: torch.nn.Module, _args: object, output: Any) -> Any:
         if isinstance(output, tuple):  # attention returns (output, attention weights)
             return F.dropout(output[0], p, module.training), *output[1:]
         return F.dropout(output, p, module.training)
@@ -240,8 +237,7 @@ def watch_routers(model: Qwen3MoeForCausalLM) -> list[torch.Tensor]:
     return seen
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches -----------------------------------------------------------------------------------
 
 
 def batches(
@@ -266,8 +262,7 @@ def batches(
             yield inputs[part], targets[part]
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------
 
 
 def token_loss(
@@ -371,8 +366,20 @@ def train(
                 model.save_pretrained(out, max_shard_size="9MB")
 
 
-# ------------------------------------------------------------------------------------------------
-# Scoring
+def use_hub_names(out: pathlib.Path) -> None:
+    """Two names as published checkpoints spell them, which old and new transformers both read."""
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, "utf-8")
+    settings = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (out / "tokenizer_config.json").write_text(text, "utf-8")
+
+
+# ---- Scoring -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -428,6 +435,8 @@ def main() -> None:
     recipe = SMOKE if args.smoke else Recipe()
     if args.steps:
         recipe = dataclasses.replace(recipe, steps=args.steps)
+    if args.smoke:
+        torch.set_num_threads(1)  # many tiny operations: threads would only wait for each other
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     logging.disable_progress_bar()
     start = time.perf_counter()
@@ -435,7 +444,7 @@ def main() -> None:
     files = collect(args.source or pathlib.Path(sysconfig.get_paths()["stdlib"]))
     train_texts, val_texts, held_texts = split(files)
     if args.smoke:
-        train_texts = train_texts[::40]
+        train_texts, val_texts, held_texts = train_texts[::100], val_texts[-1:], held_texts[:1]
     tokenizer = train_tokenizer(train_texts, recipe)
     tokenizer.save_pretrained(args.out)
 
@@ -459,6 +468,7 @@ def main() -> None:
     seen = recipe.steps * recipe.rows * recipe.context
     print(f"\n{recipe.steps} steps, {seen:,} tokens ({seen / tokens:.1f} passes), {wall:.0f} s")
 
+    use_hub_names(args.out)
     # From here on: what a user gets, that is, the folder loaded anew.
     model, info = AutoModelForCausalLM.from_pretrained(
         args.out, dtype=torch.bfloat16, output_loading_info=True
@@ -482,7 +492,7 @@ def main() -> None:
         print(f"layer {i}: {' '.join(shares)}  (min {min(row):.1%}, max {max(row):.1%})")
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=8 if args.smoke else 64, do_sample=False)
         print(f"\n--- completion of {prompt!r}\n{tokenizer.decode(output[0, 1:])}")
 
 
