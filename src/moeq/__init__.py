@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
-    from moeq.engines.transformers import load, report_of
+    from moeq.engines.load import load, report_of
     from moeq.errors import MoeqError
     from moeq.report import LoadReport
     from moeq.schemes import OnlineQuantScheme
@@ -23,8 +23,8 @@ _HOMES = {
     "MoeqError": "moeq.errors",
     "OnlineQuantScheme": "moeq.schemes",
     "OnlineQuantizationConfig": "moeq.config",
-    "load": "moeq.engines.transformers",
-    "report_of": "moeq.engines.transformers",
+    "load": "moeq.engines.load",
+    "report_of": "moeq.engines.load",
 }
 
 __all__ = [

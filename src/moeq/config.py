@@ -81,8 +81,10 @@ class OnlineQuantizationConfig:
         targets: Mapping[str, SchemeLike] | None = None,
         backend: str | None = None,
     ) -> None:
-        if isinstance(ignore, str):
-            raise ConfigError(f"ignore is a list of patterns, found the string {ignore!r}")
+        if isinstance(ignore, str) or not isinstance(ignore, Iterable):
+            raise ConfigError(f"ignore is a list of patterns, found {ignore!r}")
+        if targets is not None and not isinstance(targets, Mapping):
+            raise ConfigError(f"targets map patterns to schemes, found {targets!r}")
         self.ignore = tuple(ignore)
         self.backend = backend
         self.targets: dict[str, OnlineQuantScheme] = {}

@@ -201,10 +201,12 @@ def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:
                     )
                 del wanted[expert, part, source.is_bias]
     if wanted:
-        expert, part, is_bias = next(iter(wanted))
+        name = f"{shape.name}.weight"
+        if shape.kind == "moe":
+            name = _missing_name(sources, *next(iter(wanted)))
         raise CheckpointError(
             f"{shape.name}: {len(wanted)} tensors are missing from the checkpoint, the first:"
-            f" {_missing_name(sources, expert, part, is_bias)}",
+            f" {name}",
             hint="the checkpoint is incomplete, or config.json asks for more than it holds",
         )
 

@@ -51,11 +51,11 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
     Returns:
         fp32 of shape `scale_shape(granularity, weight.shape)`. A group with a NaN gives NaN.
     """
-    if weight.ndim > 2:
-        return torch.stack([amax(w, granularity) for w in weight])
     if weight.numel() == 0:
         shape = scale_shape(granularity, tuple(weight.shape))
         return torch.zeros(shape, dtype=torch.float32, device=weight.device)
+    if weight.ndim > 2:
+        return torch.stack([amax(w, granularity) for w in weight])
     pieces = []
     for rows in _row_chunks(weight, granularity):
         magnitude = weight[rows].abs()

@@ -59,7 +59,7 @@ class OnlineQuantScheme(enum.Enum):
         """
         if isinstance(name, cls):
             return name
-        if name in ALIASES:
+        if isinstance(name, str) and name in ALIASES:
             _warn_alias(name)
             return ALIASES[name]
         try:

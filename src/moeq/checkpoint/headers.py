@@ -8,7 +8,6 @@ with the shards. safetensors' own errors do not name the file; ours do.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -167,10 +166,11 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
             f"{file}: tensors end at byte {start + end}, the file at {size}",
             hint="it was cut off or appended to; get it again",
         )
-    ranges.sort()
-    for (_, stop, name), (begin, _, other) in itertools.pairwise(ranges):
-        if begin != stop:
-            raise CheckpointError(f"{file}: bytes of {name!r} and {other!r} overlap or leave a gap")
+    at, before = 0, "the header"
+    for begin, stop, name in sorted(ranges):
+        if begin != at:
+            raise CheckpointError(f"{file}: bytes of {before} and {name!r} overlap or leave a gap")
+        at, before = stop, repr(name)
 
 
 def _spec(file: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, int, int]:
@@ -180,7 +180,7 @@ def _spec(file: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
         dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file}: entry of {name!r} is malformed") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{file}: {name!r} has dtype {dtype!r}, which moeq does not read")
     numbers = [*shape, begin, stop] if isinstance(shape, list) else [None]
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
@@ -197,8 +197,9 @@ def _spec(file: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        assert all(isinstance(s, str) for s in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("a shard whose name is not text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of shards ({error!r})") from None
     if not weight_map:
         raise CheckpointError(f"{index}: lists no tensors")

@@ -53,7 +53,7 @@ def measure(name: str, tokens: int | None) -> dict[str, Any]:
 
     from moeq.cli.generate import quiet_transformers
     from moeq.embedded import PROMPT, held_out_text, model_folder
-    from moeq.engines.transformers import load_tokenizer
+    from moeq.engines.load import load_tokenizer
     from moeq.fidelity import perplexity
 
     quiet_transformers()
@@ -74,7 +74,7 @@ def measure(name: str, tokens: int | None) -> dict[str, Any]:
 
 def _load_quantized(name: str) -> tuple[Any, dict[str, Any]]:
     from moeq.embedded import model_folder
-    from moeq.engines.transformers import load, report_of
+    from moeq.engines.load import load, report_of
 
     model = load(model_folder(), name)
     report = report_of(model)

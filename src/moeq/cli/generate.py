@@ -100,7 +100,7 @@ def _generate(
 
     from moeq.checkpoint.hub import resolve_model
     from moeq.cli.progress import bytes_bar
-    from moeq.engines.transformers import (
+    from moeq.engines.load import (
         check_folder,
         load,
         load_tokenizer,

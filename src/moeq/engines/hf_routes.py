@@ -79,10 +79,11 @@ def find_routes(
     converters = {}
     by_parameter: dict[str, list[_Route]] = {}
     for route, converter in _routes(model, specs, conversions):
-        if route.parameter in wanted:
-            by_parameter.setdefault(route.parameter, []).append(route)
-            if route.pattern is not None:
-                converters[route.parameter] = converter
+        for parameter in _fed(route, converter):
+            if parameter in wanted:
+                by_parameter.setdefault(parameter, []).append(route)
+                if route.pattern is not None:
+                    converters[parameter] = converter
     merged = tuple(p.rpartition(".")[0] for p in converters if wanted[p][0].shape.kind == "linear")
     targets = [target for target in targets if target.shape.name not in merged]
     claims, sources = {}, {}
@@ -181,6 +182,14 @@ def _routes(
         if parameter not in known and key in known:
             parameter, pattern = key, None
         yield _Route(specs[key], renamed, parameter, pattern), by_pattern.get(pattern)
+
+
+def _fed(route: _Route, converter: Any) -> list[str]:
+    """Every parameter that a tensor ends in: a conversion can split one into several."""
+    if converter is None:
+        return [route.parameter]
+    first, *others = converter.target_patterns
+    return [route.parameter, *(route.parameter.replace(first, other) for other in others)]
 
 
 def _source(route: _Route, converter: Any, target: Target, name: str, parameter: str) -> Source:

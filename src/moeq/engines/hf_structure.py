@@ -8,6 +8,7 @@ be refused by name: no experts stay in bf16 without a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ _EXPERT_COUNTS = (
     "ffn_config.moe_num_experts",
 )
 """How configs of transformers spell the number of experts."""
+
+_TIED = "shares its weight with another layer"
 
 Gate = Callable[[Tensor], Tensor]
 
@@ -63,12 +66,16 @@ def find_targets(
     modules = dict(model.named_modules())
     experts = {name: module for name, module in modules.items() if is_experts(module)}
     linears = {name: m for name, m in modules.items() if type(m) is nn.Linear}
-    config.check_patterns([name for name, m in modules.items() if name and _has_weights(m)])
-    if config.moe is not None or config.targets:
-        _refuse_foreign_experts(model, modules, experts, config)
-    protected = _protected_linears(model, experts, linears)
+    foreign = _foreign_experts(model, modules, experts)
+    config.check_patterns(
+        [name for name, m in modules.items() if name and (_has_weights(m) or name in foreign)]
+    )
+    _refuse_foreign_experts(model, foreign, experts, config)
+    protected = _protected_linears(model, modules, experts, linears)
+    targets, kept = [], {name: _why(config, name, "moe") for name in foreign}
+    for outer, reason in kept.items():
+        protected |= {name: reason for name in linears if name.startswith(f"{outer}.")}
 
-    targets, kept = [], {}
     for name, module in experts.items():
         scheme = config.scheme_for(name, "moe")
         if scheme is None:
@@ -78,6 +85,8 @@ def find_targets(
             targets.append(Target(module, shape, scheme, up_name))
     for name, linear in linears.items():
         scheme = config.scheme_for(name, "linear")
+        if name in config.targets and protected.get(name) == _TIED:
+            raise ModelError(f"{name}: {_TIED}, which would no longer be the same")
         if name in protected and name not in config.targets:
             kept[name] = protected[name]
         elif scheme is None:
@@ -122,6 +131,14 @@ def experts_shape(name: str, module: Any) -> tuple[LayerShape, str]:
     return LayerShape(name, "moe", num_experts, k, intermediate, module.has_gate, has_bias), up_name
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Of the matrices of any module that holds experts."""
+    parameters = list(module.parameters())
+    stacked = [p for p in parameters if p.ndim == 3]
+    matrices = stacked or [p for p in parameters if p.ndim == 2]
+    return sum(p.numel() * p.element_size() for p in matrices)
+
+
 def activation_of(module: Any) -> tuple[str | None, Gate | None, Gate | None]:
     """What runs between the halves of an experts module.
 
@@ -162,44 +179,53 @@ def _activation_name(function: Any) -> str | None:
     return None
 
 
+def _foreign_experts(
+    model: Any, modules: dict[str, nn.Module], experts: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Whatever else holds experts. Where nothing does by its structure, names have to do (Dbrx
+    stacks its experts in 2-D)."""
+    counts = set(_expert_counts(getattr(model, "config", None)))
+    others = {name: module for name, module in modules.items() if name not in experts}
+    foreign = {name: m for name, m in others.items() if _looks_like_experts(m, counts)}
+    if not experts and not foreign:
+        for name, module in others.items():
+            inside = name.startswith(tuple(f"{outer}." for outer in foreign))
+            if "expert" in type(module).__name__.lower() and not inside:
+                foreign[name] = module
+    return foreign
+
+
 def _refuse_foreign_experts(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    foreign: dict[str, nn.Module],
     experts: dict[str, nn.Module],
     config: OnlineQuantizationConfig,
 ) -> None:
-    counts = set(_expert_counts(getattr(model, "config", None)))
-    foreign = [
-        name
-        for name, module in modules.items()
-        if name not in experts and _looks_like_experts(module, counts)
-    ]
-    for name in foreign:
-        if not config.is_ignored(name):
+    for name, module in foreign.items():
+        if config.scheme_for(name, "moe") is not None:
             raise ModelError(
-                f"{name} ({type(modules[name]).__name__}) holds experts in a layout that moeq does"
+                f"{name} ({type(module).__name__}) holds experts in a layout that moeq does"
                 " not quantize",
                 hint=f"to leave them unquantized on purpose, pass ignore=[{name!r}]",
             )
-    if not experts and not foreign:
+    if config.moe is not None and not experts and not foreign:
         raise ModelError(
-            f"{type(model).__name__} has no experts",
+            f"{type(model).__name__} has no experts that moeq knows",
             hint='moeq is for Mixture-of-Experts models; for its linears alone pass moe="none"',
         )
 
 
 def _looks_like_experts(module: nn.Module, counts: set[int]) -> bool:
-    stacked = any(
-        p is not None and p.ndim == 3 and p.shape[0] in counts and min(p.shape[1:]) > 1
+    """Stacked matrices, or a list, of as many as there are experts. One matrix alone has to be
+    called so too: position embeddings [64, 64, H] of a vision tower are no experts."""
+    called = "expert" in " ".join(type(m).__name__.lower() for m in (module, *module.children()))
+    stacked = [
+        p
         for p in module._parameters.values()
-    )
-    listed = (
-        isinstance(module, nn.ModuleList | nn.ModuleDict)
-        and len(module) in counts
-        and len(module) > 1
-        and "expert" in " ".join(type(child).__name__.lower() for child in module.children())
-    )
-    return stacked or listed
+        if p is not None and p.ndim == 3 and p.shape[0] in counts and min(p.shape[1:]) > 1
+    ]
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts
+    return len(stacked) > 1 or (called and (len(stacked) == 1 or is_list))
 
 
 def _expert_counts(config: Any) -> Iterator[int]:
@@ -217,14 +243,27 @@ def _expert_counts(config: Any) -> Iterator[int]:
 
 
 def _protected_linears(
-    model: Any, experts: dict[str, nn.Module], linears: dict[str, nn.Linear]
+    model: Any,
+    modules: dict[str, nn.Module],
+    experts: dict[str, nn.Module],
+    linears: dict[str, nn.Linear],
 ) -> dict[str, str]:
     """Linears that are never quantized unless a target names them, with the rule."""
     protected = {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*tied, *tied.values()}
+    fp32 = _fp32_patterns(model)
+    routers = tuple(f"{name}." for name in _recorded_routers(modules, experts))
     for name, linear in linears.items():
-        if linear is head:
+        if f"{name}.weight" in tied:
+            protected[name] = _TIED
+        elif linear is head:
             protected[name] = "output embeddings"
+        elif f"{name}.".startswith(routers):
+            protected[name] = "router"
+        elif any(re.search(pattern, f"{name}.weight") for pattern in fp32):
+            protected[name] = "transformers keeps it in fp32"
     for experts_name, module in experts.items():
         block = experts_name.rpartition(".")[0]
         shape, _ = experts_shape(experts_name, module)
@@ -233,6 +272,34 @@ def _protected_linears(
             if inside and linear.out_features in (1, shape.num_experts):
                 protected[name] = "router"
     return protected
+
+
+def _recorded_routers(
+    modules: dict[str, nn.Module], experts: dict[str, nn.Module]
+) -> Iterator[str]:
+    """Modules whose outputs a model declares to be router logits. A router can be an MLP, or have
+    an output more than there are experts (Zaya). Some declare the whole MoE block: not those."""
+    for model in modules.values():
+        declared: Any = getattr(model, "_can_record_outputs", None) or {}
+        recorders = declared.get("router_logits", ())
+        for recorder in recorders if isinstance(recorders, list | tuple) else (recorders,):
+            kind = getattr(recorder, "target_class", recorder)
+            place = f".{getattr(recorder, 'layer_name', None) or ''}.".replace("..", ".")
+            if not isinstance(kind, type):
+                continue
+            for name, module in modules.items():
+                if not isinstance(module, kind) or place not in f".{name}.":
+                    continue
+                if not any(inner.startswith(f"{name}.") for inner in experts):
+                    yield name
+
+
+def _fp32_patterns(model: Any) -> set[str]:
+    """Regular expressions for what transformers does not even load in half precision."""
+    patterns: set[str] = set()
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        patterns.update(getattr(model, name, None) or ())
+    return {pattern.replace("*", ".*") for pattern in patterns}
 
 
 def _why(config: OnlineQuantizationConfig, name: str, kind: str) -> str:

@@ -18,7 +18,6 @@ changed between those are marked.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -27,25 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.headers import TensorSpec, checkpoint_files, read_headers
-from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.headers import TensorSpec, read_headers
 from moeq.checkpoint.reader import TensorReader
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
+from moeq.engines.hf_claim import ClaimingConverter
+from moeq.engines.hf_modules import QuantizedLinear, experts_class
 from moeq.engines.hf_routes import Routes, find_routes, quantized_names, saved_plans
-from moeq.engines.hf_structure import Target, activation_of, find_targets, is_experts
-from moeq.errors import CheckpointError, ConfigError, ModelError
+from moeq.engines.hf_structure import Target, activation_of, find_targets, weight_bytes
+from moeq.errors import CheckpointError, ModelError
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import LayerPlan, LoadPlan, Source
 from moeq.report import LoadReport, PeakMemory, make_report
-from moeq.schemes import OnlineQuantScheme
 
 logger = logging.getLogger(__name__)
 
@@ -56,101 +52,20 @@ _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 """transformers makes the quantizer, so `load` cannot hand it anything."""
 
 
-def register_with_transformers() -> None:
-    """Enter our quantizer and config into transformers' tables."""
-    hf_auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MoeqHfQuantizer
-    hf_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = OnlineQuantizationConfig
-
-
-def load(
-    model: str | Path,
-    quantization: str | OnlineQuantizationConfig | None = None,
-    *,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Load a model quantized: `from_pretrained` behind checks that come before it.
-
-    Args:
-        model: a folder, or an id on the Hugging Face hub.
-        quantization: a scheme's name or a config; None for a checkpoint that moeq saved.
-        device: "cpu", "cuda", "cuda:1", ...
-        progress: called with bytes read so far and bytes to read.
-        kwargs: for `from_pretrained`.
-
-    Returns:
-        A transformers model; `report_of` says how it went.
-
-    Raises:
-        MoeqError: whatever is wrong with checkpoint, configuration or machine.
-    """
-    folder = resolve_model(model)
-    entries = check_folder(folder)
-    saved = entries.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
-    config = None
-    if quantization is not None:
-        if saved:
-            raise ConfigError(
-                f"{folder} is already quantized by moeq", hint="load it without a scheme"
-            )
-        config = quantization
-        if isinstance(quantization, str):
-            config = OnlineQuantizationConfig.from_json(quantization)
-    elif not saved:
-        known = ", ".join(scheme.value for scheme in OnlineQuantScheme)
-        raise ConfigError(f"{folder} is not quantized and no scheme is named", hint=known)
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
-    register_with_transformers()
+@contextlib.contextmanager
+def reporting_to(progress: Progress | None) -> Iterator[None]:
+    """Loads inside it call `progress`."""
     token = _progress.set(progress)
     try:
-        return _model_class(entries).from_pretrained(
-            folder, quantization_config=config, device_map=device, **kwargs
-        )
+        yield
     finally:
         _progress.reset(token)
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """That a folder holds a model that moeq can start from, or has saved.
-
-    Returns:
-        Its config.json.
-
-    Raises:
-        CheckpointError: files missing, config not JSON, an unknown architecture, or quantized by
-            somebody else.
-    """
-    checkpoint_files(folder)
-    path = folder / "config.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        model_type = entries["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the config of a model ({error!r})") from None
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{path}: transformers {transformers.__version__} has no model type {model_type!r}",
-            hint="a newer transformers may; moeq runs no code that ships with a checkpoint",
-        )
-    for part in (entries, entries.get("text_config") or {}):
-        method = (part.get("quantization_config") or {}).get("quant_method", QUANT_METHOD)
-        if method != QUANT_METHOD:
-            raise CheckpointError(
-                f"{path}: the checkpoint is already quantized ({method})",
-                hint="moeq starts from the unquantized checkpoint",
-            )
-    return dict(entries)
-
-
-def _model_class(entries: dict[str, Any]) -> Any:
-    """The class that the checkpoint was saved from, where transformers has it."""
-    names = entries.get("architectures") or []
-    found = getattr(transformers, names[0], None) if names else None
-    return AutoModelForCausalLM if found is None else found
+def register_with_transformers() -> None:
+    """Enter our quantizer and config into transformers' tables."""
+    hf_auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = MoeqHfQuantizer
+    hf_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = OnlineQuantizationConfig
 
 
 class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -265,14 +180,18 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ModelError(
                 f"{name} is sharded over ranks", hint="moeq's transformers engine runs one process"
             )
-        with _one_thread():
-            for source in self._routes.sources[parameter]:
-                if isinstance(method, OnlineLinearMethod):
-                    weight = self._reader.read(source.spec)
-                    method.load(module, weight, source.spec.name, self._device)
-                else:
-                    method.materialize(module, self._device)
-                    self._load_source(method, module, target, source)
+        try:
+            with _one_thread():
+                for source in self._routes.sources[parameter]:
+                    if isinstance(method, OnlineLinearMethod):
+                        weight = self._reader.read(source.spec)
+                        method.load(module, weight, source.spec.name, self._device)
+                    else:
+                        method.materialize(module, self._device)
+                        self._load_source(method, module, target, source)
+        except BaseException:
+            self._reader.close()
+            raise
         return {parameter, *(f"{name}.{ours}" for ours in quantized_names(module))}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -301,6 +220,10 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for line in self.report.lines():
             logger.info(line)
         model.config.quantization_config = self.quantization_config
+        # The model keeps its quantizer, which must not keep the model, nor what cannot be copied
+        self._targets, self._methods, self._specs, self._routes = [], {}, {}, None
+        for name in ("_model", "_memory", "_reader", "_by_parameter"):
+            self.__dict__.pop(name, None)
 
     # Steps of the load.
 
@@ -346,7 +269,10 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 tensor = tensor.T.contiguous()
             load = method.load_bias if source.is_bias else method.load_expert
             for part, piece in _pieces(source, tensor):
-                load(module, expert, part, piece, source.spec.name)
+                name = source.spec.name
+                if index is not None:  # what is said about a piece counts from its first row
+                    name = f"{name}, {part} of expert {expert}"
+                load(module, expert, part, piece, name)
 
     def _finish_structure(self, target: Target) -> None:
         """Drop the original parameters and give the module its quantized class."""
@@ -359,7 +285,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         module._moeq_method = method  # type: ignore[assignment]
         # Its weights are there: transformers must not initialize what it does not know
         module._is_hf_initialized = True  # type: ignore[assignment]
-        base = QuantizedLinear if target.shape.kind == "linear" else _experts_class(type(module))
+        base = QuantizedLinear if target.shape.kind == "linear" else experts_class(type(module))
         module.__class__ = base
 
     def _choose_kernel(self, target: Target) -> None:
@@ -379,124 +305,6 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             kind = f"{target.shape.kind} {target.scheme.value}"
             kernels[kind] = f"{choice.backend.name}{note}"
         return kernels
-
-
-class ClaimingConverter(WeightConverter):  # type: ignore[misc]
-    """An entry of transformers' table that claims the tensors we read ourselves.
-
-    transformers asks every entry in turn where a key goes (`rename_source_key`), collects the keys
-    of one parameter in a copy of the entry, and calls `convert` on it. This one knows its keys by
-    name, and never touches what was collected.
-    """
-
-    __slots__ = ("claims",)
-
-    _PATTERN = "moeq.claimed"
-    _was_used: bool
-
-    def __init__(self, claims: dict[str, str]) -> None:
-        super().__init__([self._PATTERN], [self._PATTERN], [_Keep()])
-        self.claims = claims
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ClaimingConverter:
-        return type(self)(self.claims)  # one copy per parameter: do not copy the table of names
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        parameter = self.claims.get(source_key)
-        if parameter is None:
-            return source_key, None
-        self._was_used = True  # type: ignore[misc]  # a slot of the base class
-        return parameter, self.source_patterns[0]
-
-    def convert(
-        self,
-        layer_name: str,
-        model: Any = None,
-        config: Any = None,
-        hf_quantizer: Any = None,
-        loading_info: Any = None,
-    ) -> dict[str, Tensor]:
-        self.collected_tensors.clear()
-        loading_info.missing_keys.difference_update(hf_quantizer.load_parameter(layer_name))
-        return {}
-
-
-class _Keep(ConversionOps):  # type: ignore[misc]
-    """A converter must list an operation; ours is never run."""
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-
-class QuantizedLinear(nn.Linear):
-    """An `nn.Linear` whose weight is codes and scales."""
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight as it acts, dequantized: for model code that reads it instead of calling."""
-        method: OnlineLinearMethod = self._moeq_method  # type: ignore[assignment]
-        return method.dequantized(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        method: OnlineLinearMethod = self._moeq_method  # type: ignore[assignment]
-        return method.apply(self, x)
-
-
-_EXPERTS_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _experts_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a model's experts class that runs our op; keeps its gate, limits and norms."""
-
-    def forward(
-        self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        method: OnlineMoEMethodBase = self._moeq_method
-        return method.apply(self, hidden_states, top_k_index, top_k_weights)
-
-    if base not in _EXPERTS_CLASSES:
-        _EXPERTS_CLASSES[base] = type(f"Quantized{base.__name__}", (base,), {"forward": forward})
-    return _EXPERTS_CLASSES[base]
-
-
-def quantization_of(model: nn.Module) -> OnlineQuantizationConfig:
-    """The config under which a model was quantized.
-
-    Raises:
-        ModelError: moeq did not quantize it.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, MoeqHfQuantizer):
-        raise ModelError("the model was not quantized by moeq while it loaded")
-    return quantizer.quantization_config
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: no usable tokenizer ({type(error).__name__})",
-            hint="the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
-
-
-def report_of(model: nn.Module) -> LoadReport:
-    """The report of the load that made this model.
-
-    Raises:
-        ModelError: moeq did not quantize it while loading.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    report = quantizer.report if isinstance(quantizer, MoeqHfQuantizer) else None
-    if report is None:
-        raise ModelError("the model was not quantized by moeq while it loaded")
-    return report
 
 
 @contextlib.contextmanager
@@ -535,11 +343,9 @@ def _load_plan(
         if not source.is_bias
     )
     unquantized = sum(
-        parameter.numel() * parameter.element_size()
+        weight_bytes(module)
         for name, module in model.named_modules()
-        if is_experts(module) and name in kept
-        for parameter in module._parameters.values()
-        if parameter is not None and parameter.ndim == 3
+        if name in kept and not isinstance(module, nn.Linear)
     )
     total = sum(spec.nbytes for spec in specs.values())
     return LoadPlan(plans, total, quantized + unquantized, kept)

@@ -27,8 +27,9 @@ Legend: T tokens, k experts per token, R rows, E experts, N x K one matrix; see 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,21 +42,23 @@ from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 # Rows of a run up to which the first way of the module docstring is the faster one.
 # 2-core Zen 5 (AVX-512 VNNI), 64 cold experts of 1536x2048 and 2048x768, 1 and 2 threads.
 _GEMV_ROWS_INT8 = 3
-_GEMV_ROWS_FP8 = 4
+_GEMV_ROWS_FP8 = 2
 _PACK_ROWS = 16
 
-_CHUNK_ROWS = 1024
-"""Rows of intermediate results held at a time: 6 MiB of h13 for I = 768."""
+_CHUNK_ROWS = 256
+"""Rows of intermediate results held at a time: 1.5 MiB of h13 for I = 768, which stays in cache."""
+
+_RUN_ROWS = 1024
+"""Longer runs are cut, so that memory stays bounded."""
+
+_FEW_PAIRS = 64
+"""Pairs of (token, expert) up to which Python's sort beats the overhead of six operators."""
 
 _TILE = 1 << 20
 """Codes decoded at a time: 2 MiB as bf16, which stays in a shared L3 or a large L2."""
 
-_TILE_FP16 = 1 << 17
-"""The same for fp16, whose decoding takes three passes: 256 KiB stays in L2."""
 
-
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     """Rows [start, stop) of a chunk that go to one expert."""
 
     expert: int
@@ -63,8 +66,7 @@ class _Run:
     stop: int
 
 
-@dataclass(frozen=True)
-class _Chunk:
+class _Chunk(NamedTuple):
     """Rows sorted by expert.
 
     Attributes:
@@ -76,6 +78,17 @@ class _Chunk:
     slots: Tensor
     experts: Tensor
     runs: list[_Run]
+
+
+class _Matrices(NamedTuple):
+    """One projection of every expert: codes [E, N, K], scale, bias [E, N] or None; `ExpertWeights`
+    has the details. A linear is a projection with E = 1."""
+
+    scheme: OnlineQuantScheme
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    parts: int
 
 
 def fused_experts(
@@ -95,35 +108,29 @@ def fused_experts(
         activation: a key of `ACTIVATIONS`.
 
     Returns:
-        [T, H] in the dtype of x. A token's result does not depend on its place among the others.
+        [T, H] in the dtype of x, the same bits from run to run.
     """
-    scheme, k = weights.scheme, topk_ids.shape[1]
-    act = ACTIVATIONS[activation]
+    scheme, (t, k) = weights.scheme, topk_ids.shape
+    w13 = _Matrices(scheme, weights.w13, weights.w13_scale, weights.b13, weights.parts)
+    w2 = _Matrices(scheme, weights.w2, weights.w2_scale, weights.b2, 1)
+
+    def layer(rows: Tensor, row_scale: Tensor | None, experts: Tensor, runs: list[_Run]) -> Tensor:
+        h = _gate(_project(rows, row_scale, experts, runs, w13), weights.parts, activation)
+        return _project(*_prepare(h.to(x.dtype), scheme), experts, runs, w2)
+
     rows, row_scale = _prepare(x, scheme)
+    if t == 1:  # decoding: caches are cold, and every operator less counts
+        ids = topk_ids[0].tolist()
+        if all(0 <= expert < weights.num_experts for expert in ids):
+            runs = [_Run(expert, slot, slot + 1) for slot, expert in enumerate(ids)]
+            y = layer(rows.repeat(k, 1), row_scale, topk_ids[0].long(), runs)
+            return (topk_weights.float() @ y).to(x.dtype)
     factors = topk_weights.reshape(-1, 1).float()
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    for chunk in _route(topk_ids, weights.num_experts):
-        tokens = chunk.slots.div(k, rounding_mode="floor")
-        h13 = _project(
-            rows.index_select(0, tokens),
-            None if row_scale is None else row_scale.index_select(0, tokens),
-            chunk,
-            weights.w13,
-            weights.w13_scale,
-            weights.b13,
-            scheme,
-            weights.parts,
-        )
-        if weights.is_gated:
-            gate, up = h13.chunk(2, dim=-1)
-            h = act(gate).mul_(up)
-        else:
-            h = act(h13)
-        h_rows, h_scale = _prepare(h.to(x.dtype), scheme)
-        y = _project(
-            h_rows, h_scale, chunk, weights.w2, weights.w2_scale, weights.b2, scheme, parts=1
-        )
-        out.index_add_(0, tokens, y.mul_(factors.index_select(0, chunk.slots)))
+    out = x.new_zeros(x.shape, dtype=torch.float32)
+    for slots, experts, runs in _route(topk_ids, weights.num_experts):
+        tokens = slots // k
+        y = layer(_take(rows, tokens), _take(row_scale, tokens), experts, runs)
+        out.index_add_(0, tokens, y.mul_(_take(factors, slots)))
     return out.to(x.dtype)
 
 
@@ -151,63 +158,77 @@ def expert_linear(
         [T, k, N] in the dtype of x.
     """
     (t, k), j = topk_ids.shape, x.shape[1]
+    matrices = _Matrices(scheme, weight, scale, bias, parts)
     rows, row_scale = _prepare(x.reshape(t * j, x.shape[2]), scheme)
-    out = torch.zeros(t * k, weight.shape[1], dtype=x.dtype)
-    for chunk in _route(topk_ids, weight.shape[0]):
-        source = chunk.slots if j == k else chunk.slots.div(k, rounding_mode="floor")
-        y = _project(
-            rows.index_select(0, source),
-            None if row_scale is None else row_scale.index_select(0, source),
-            chunk,
-            weight,
-            scale,
-            bias,
-            scheme,
-            parts,
-        )
-        out.index_copy_(0, chunk.slots, y.to(x.dtype))
-    return out.view(t, k, -1)
+    out = x.new_zeros(t * k, weight.shape[1])
+    for slots, experts, runs in _route(topk_ids, weight.shape[0]):
+        source = slots if j == k else slots // k
+        y = _project(_take(rows, source), _take(row_scale, source), experts, runs, matrices)
+        out.index_copy_(0, slots, y.to(x.dtype))
+    return out.view(t, k, weight.shape[1])
 
 
 def linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: OnlineQuantScheme
 ) -> Tensor:
     """A quantized `nn.Linear`: x [..., K], codes [N, K], bias [N] or None -> [..., N]."""
-    rows, row_scale = _prepare(x.reshape(-1, x.shape[-1]), scheme)
-    out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype)
-    for start in range(0, rows.shape[0], _CHUNK_ROWS):
-        piece = slice(start, min(start + _CHUNK_ROWS, rows.shape[0]))
-        acc = _multiply(rows[piece], weight, scale, scheme, 1)
-        y = acc.float() if acc.dtype != torch.float32 else acc
-        if scheme.granularity is not Granularity.BLOCK:
-            y.mul_(scale)
-        if row_scale is not None:
-            y.mul_(row_scale[piece])
-        out[piece] = y if bias is None else y.add_(bias)
+    matrices = _Matrices(scheme, weight[None], scale[None], bias if bias is None else bias[None], 1)
+    pieces = []
+    for piece in torch.split(x.reshape(-1, x.shape[-1]), _RUN_ROWS):
+        rows, row_scale = _prepare(piece, scheme)
+        runs = [_Run(0, 0, len(rows))] if len(rows) else []
+        pieces.append(_project(rows, row_scale, None, runs, matrices).to(x.dtype))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
+def _gate(h: Tensor, parts: int, activation: str) -> Tensor:
+    """h13 [R, P * I] -> h [R, I]."""
+    act = ACTIVATIONS[activation]
+    if parts == 1:
+        return act(h)
+    gate, up = h.chunk(2, dim=-1)
+    return act(gate).mul_(up)
+
+
+def _take(t: Tensor | None, index: Tensor | None) -> Any:
+    """Rows of a tensor that may not be there; without an index, its one row as it is."""
+    return t if t is None or index is None else t.index_select(0, index)
+
+
 def _route(topk_ids: Tensor, num_experts: int) -> Iterator[_Chunk]:
-    """Sort the (token, slot) pairs by expert and yield them in chunks of `_CHUNK_ROWS`."""
-    flat = topk_ids.reshape(-1)
-    ordered, slots = flat.long().sort(stable=True)  # stable: rows of an expert in order of tokens
-    edges = torch.searchsorted(ordered, torch.arange(num_experts + 1)).tolist()
-    first, last = edges[0], edges[-1]  # what is outside belongs to other ranks
+    """Sort the (token, slot) pairs by expert and yield them in chunks."""
+    experts, slots, counts = _sort_pairs(topk_ids.reshape(-1), num_experts)
     runs: list[_Run] = []
-    start = first
-    for expert in range(num_experts):
-        row = edges[expert]
-        while row < edges[expert + 1]:
-            stop = min(edges[expert + 1], start + _CHUNK_ROWS)
-            runs.append(_Run(expert, row - start, stop - start))
-            row = stop
-            if row - start == _CHUNK_ROWS or row == last:
-                yield _Chunk(slots[start:row], ordered[start:row], runs)
-                start, runs = row, []
+    first = last = 0
+    for expert, count in counts:
+        for start in range(0, count, _RUN_ROWS):
+            rows = min(_RUN_ROWS, count - start)
+            if runs and last + rows - first > _CHUNK_ROWS:
+                yield _Chunk(slots[first:last], experts[first:last], runs)
+                first, runs = last, []
+            runs.append(_Run(expert, last - first, last - first + rows))
+            last += rows
+    if runs:
+        yield _Chunk(slots[first:last], experts[first:last], runs)
+
+
+def _sort_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Experts and indices of the pairs that are ours, sorted by expert, then by index; and how many
+    pairs each expert has."""
+    if ids.numel() <= _FEW_PAIRS:
+        pairs = sorted((e, slot) for slot, e in enumerate(ids.tolist()) if 0 <= e < num_experts)
+        experts, slots = ids.new_tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+        return experts, slots, list(Counter(expert for expert, _ in pairs).items())
+    ids = ids.long()
+    slots = torch.nonzero((ids >= 0) & (ids < num_experts)).squeeze(1)
+    experts, order = ids[slots].sort(stable=True)
+    present, counts = torch.unique_consecutive(experts, return_counts=True)
+    return experts, slots[order], list(zip(present.tolist(), counts.tolist(), strict=True))
 
 
 def _prepare(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, Tensor | None]:
-    """What rows x [R, K] look like to `_multiply`, and fp32 [R, 1] that its results lack."""
+    """What rows x [R, K] look like to `_project`, and the fp32 [R, 1] that it multiplies by."""
     if scheme.weight_dtype == torch.float8_e4m3fn:
         magnitude = x.abs().amax(-1, keepdim=True).float().clamp_(min=SCALE_MIN)
         # The power of two below amax: dividing by it is exact, and puts x into the range of fp16.
@@ -219,93 +240,133 @@ def _prepare(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, Tensor | Non
     # under any scale, and x / scale never rounds past 127.
     scale = x.abs().amax(-1, keepdim=True).float().div_(127.0).clamp_(min=SCALE_MIN)
     codes = (x.float() / scale).round_()
-    exact = torch.int8 if _int_mm_is_exact() else _exact_float(x.dtype)
-    return codes.to(exact), scale
-
-
-def _exact_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if _int_mm_is_exact():
+        return codes.to(torch.int8), scale
+    return (codes.bfloat16() if x.dtype == torch.bfloat16 else codes), scale  # exact in both
 
 
 def _project(
     rows: Tensor,
     row_scale: Tensor | None,
-    chunk: _Chunk,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scheme: OnlineQuantScheme,
-    parts: int,
+    experts: Tensor | None,
+    runs: list[_Run],
+    matrices: _Matrices,
 ) -> Tensor:
-    """Every run of a chunk times its expert: rows [R, K] of `_prepare` -> fp32 [R, N]."""
-    dtype = torch.int32 if rows.dtype == torch.int8 else torch.float32
-    acc = torch.empty(rows.shape[0], weight.shape[1], dtype=dtype)
-    for run in chunk.runs:
-        acc[run.start : run.stop] = _multiply(
-            rows[run.start : run.stop], weight[run.expert], scale[run.expert], scheme, parts
-        )
-    y = acc.float() if dtype == torch.int32 else acc
+    """Every run times the matrix of its expert, scaled and with bias.
+
+    Args:
+        rows: [R, K], as `_prepare` returns them, contiguous.
+        row_scale: fp32 [R, 1] or [1, 1], likewise.
+        experts: int64 [R], the expert of every row; None where there is one.
+        runs: cover the R rows.
+        matrices: of every expert.
+
+    Returns:
+        fp32 [R, N].
+    """
+    scheme, codes, scale, bias, _ = matrices
+    if rows.dtype == torch.int8:
+        y = _int8_runs(rows, runs, codes).float()
+    elif codes.dtype == torch.int8:
+        y = _weight_only_runs(rows, runs, codes).float()
+    else:
+        y = _fp8_runs(rows, runs, matrices)
     match scheme.granularity:
         case Granularity.TENSOR:
-            y.mul_(scale.index_select(0, chunk.experts)[:, None])
+            y.mul_(_take(scale[:, None], experts))
         case Granularity.CHANNEL:
-            y.mul_(scale.index_select(0, chunk.experts))
+            y.mul_(_take(scale, experts))
         case Granularity.BLOCK:
-            pass
+            pass  # is in y
     if row_scale is not None:
         y.mul_(row_scale)
     if bias is not None:
-        y.add_(bias.index_select(0, chunk.experts))
+        y.add_(_take(bias, experts))
     return y
 
 
-def _multiply(
-    rows: Tensor, codes: Tensor, scale: Tensor, scheme: OnlineQuantScheme, parts: int
-) -> Tensor:
-    """rows [m, K] @ codes [N, K].T -> [m, N], before scales other than those of blocks."""
-    m, (n, k) = rows.shape[0], codes.shape
-    if rows.dtype == torch.int8:
-        if m <= _GEMV_ROWS_INT8:
-            return torch.cat([torch._int_mm(row[None], codes.t()) for row in rows])
-        return torch._int_mm(rows, codes.t())
-    if codes.dtype == torch.int8:
-        if m <= _PACK_ROWS and _int8pack_takes(rows, codes):
-            ones = torch.ones(n, dtype=torch.bfloat16)
-            return torch._weight_int8pack_mm(rows, codes, ones)
-        step = _rows_per_tile(_TILE, k)
-        pieces = [rows @ codes[i : i + step].to(rows.dtype).t() for i in range(0, n, step)]
-        return torch.cat(pieces, dim=1)
+def _int8_runs(rows: Tensor, runs: list[_Run], codes: Tensor) -> Tensor:
+    """int8 rows [R, K], codes [E, N, K] -> int32 [R, N]. `_int_mm` needs contiguous rows: of rows
+    that `expand` made it returns garbage."""
+    acc = rows.new_empty(len(rows), codes.shape[1], dtype=torch.int32)
+    columns = codes.transpose(1, 2)
+    for expert, start, stop in runs:
+        matrix = columns[expert]
+        step = 1 if stop - start <= _GEMV_ROWS_INT8 else stop - start
+        for i in range(start, stop, step):
+            torch._int_mm(rows[i : i + step], matrix, out=acc[i : i + step])
+    return acc
 
-    few = m <= _GEMV_ROWS_FP8
-    if few and rows.dtype != torch.float32 and scheme.granularity is not Granularity.BLOCK:
-        step = _rows_per_tile(_TILE_FP16, k)
-        rows = rows.half()
-        out = torch.empty(m, n, dtype=torch.float16)
-        for i in range(0, n, step):
-            tile = _decode_fp8(codes[i : i + step])
-            for row, y in zip(rows, out, strict=True):
-                torch.mv(tile, row, out=y[i : i + step])
-        return out
-    step = _rows_per_tile(_TILE_FP16 if few else _TILE, k)
-    math = torch.float32 if few or rows.dtype == torch.float16 else rows.dtype
-    rows = rows.to(math)
-    by_row = _scale_by_row(scale, n, parts) if scheme.granularity is Granularity.BLOCK else None
-    pieces = []
-    for i in range(0, n, step):
-        tile = _decode_fp8(codes[i : i + step]).float()
-        if by_row is not None:
-            _apply_block_scale(tile, by_row[i : i + step])
-        pieces.append(rows @ tile.to(math).t())
-    return torch.cat(pieces, dim=1)
+
+def _weight_only_runs(rows: Tensor, runs: list[_Run], codes: Tensor) -> Tensor:
+    """bf16 or fp32 rows [R, K], int8 codes [E, N, K] -> [R, N] in the dtype of the rows."""
+    most = _PACK_ROWS if _int8pack_takes(rows, codes) else 0
+    ones = rows.new_ones(codes.shape[1])
+    room: Tensor | None = None
+    pieces = [rows.new_empty(0, len(ones))]
+    for expert, start, stop in runs:
+        some, matrix = rows[start:stop], codes[expert]
+        if stop - start <= most:
+            pieces.append(torch._weight_int8pack_mm(some, matrix, ones))
+            continue
+        room = _tile(codes, rows.dtype) if room is None else room
+        products = [
+            some @ room[: len(tile)].copy_(tile).t() for tile in torch.split(matrix, len(room))
+        ]
+        pieces.append(torch.cat(products, dim=1))
+    return torch.cat(pieces)
+
+
+def _fp8_runs(rows: Tensor, runs: list[_Run], matrices: _Matrices) -> Tensor:
+    """rows [R, K], fp8 codes [E, N, K] -> fp32 [R, N], with the scales of blocks in it."""
+    scheme, codes, scale, _, parts = matrices
+    n = codes.shape[1]
+    blocks = scheme.granularity is Granularity.BLOCK
+    half, single, brain = (_tile(codes, d) for d in (torch.float16, torch.float32, torch.bfloat16))
+    out = rows.new_empty(len(rows), n, dtype=torch.float32)
+    for expert, start, stop in runs:
+        some, matrix = rows[start:stop], codes[expert]
+        few = stop - start <= _GEMV_ROWS_FP8
+        by_row = _scale_by_row(scale[expert], n, parts) if blocks else None
+        if few and not blocks and rows.dtype != torch.float32:
+            math = torch.float16
+        elif rows.dtype == torch.bfloat16 and not few:
+            math = torch.bfloat16
+        else:
+            math = torch.float32
+        some = some.to(math)
+        for i in range(0, n, len(half)):
+            tile = matrix[i : i + len(half)]
+            decoded = _decode_fp8(tile, half)
+            here = out[start:stop, i : i + len(tile)]
+            if math == torch.float16:
+                for row, y in zip(some, here, strict=True):
+                    y.copy_(torch.mv(decoded, row))
+                continue
+            decoded = single[: len(tile)].copy_(decoded)
+            if by_row is not None:
+                _apply_block_scale(decoded, by_row[i : i + len(tile)])
+            if math == torch.bfloat16:
+                decoded = brain[: len(tile)].copy_(decoded)
+            here.copy_(some @ decoded.t())
+    return out
+
+
+def _tile(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a tile of some rows of codes [E, N, K], decoded. Made once per projection: fresh
+    memory for every tile would cost more in page faults than the decoding does."""
+    _, n, k = codes.shape
+    return codes.new_empty(min(n, max(1, _TILE // k)), k, dtype=dtype)
 
 
 def _int8pack_takes(rows: Tensor, codes: Tensor) -> bool:
-    """Whether `_weight_int8pack_mm` is fast and right for these. It checks neither that 16 divides
-    K nor that its vector loads are aligned: it reads past the end of rows, or crashes. Weights in
-    a memory-mapped file may have any address. Rows of fp16 and fp32 it takes one by one."""
+    """Whether `_weight_int8pack_mm` is fast and right for any rows [R, K] and matrix of these. It
+    checks neither that 16 divides K nor that its vector loads are aligned: it reads past the end of
+    rows, or crashes. Weights in a memory-mapped file may have any address. fp16 and fp32 it takes
+    element by element."""
     return (
         rows.dtype == torch.bfloat16
-        and codes.shape[1] % 16 == 0
+        and codes.shape[2] % 16 == 0
         and rows.data_ptr() % 32 == 0
         and codes.data_ptr() % 16 == 0
         and rows.is_contiguous()
@@ -313,20 +374,15 @@ def _int8pack_takes(rows: Tensor, codes: Tensor) -> bool:
     )
 
 
-def _rows_per_tile(codes: int, k: int) -> int:
-    """Rows of K codes that make a tile: `codes` for every thread."""
-    return max(1, codes * torch.get_num_threads() // k)
-
-
-def _decode_fp8(codes: Tensor) -> Tensor:
-    """e4m3 codes [n, K] -> their values * 2^-8 as fp16, exactly, subnormals included.
+def _decode_fp8(codes: Tensor, out: Tensor) -> Tensor:
+    """e4m3 codes [n, K] -> their values * 2^-8 as fp16 in `out`, exactly, subnormals included.
 
     e4m3 is s eeee mmm and fp16 is s eeeee mmmmmmmmmm, so the bits only move: sign-extend to 16
     bits, shift left by 7, and clear the second copy of the sign. The bias of the exponents differs
     by 8. (`.to(torch.float16)` takes 40 times as long in PyTorch 2.13.) NaN codes become 480; a
     NaN among the weights still shows, through its scale.
     """
-    wide = codes.view(torch.int8).to(torch.int16)
+    wide = out[: len(codes)].view(torch.int16).copy_(codes.view(torch.int8))
     return wide.mul_(128).bitwise_and_(~0x4000).view(torch.float16)
 
 
@@ -339,7 +395,7 @@ def _scale_by_row(scale: Tensor, n: int, parts: int) -> Tensor:
 def _apply_block_scale(tile: Tensor, by_row: Tensor) -> None:
     """Multiply tile fp32 [n, K] by scales [n, ceil(K / 128)], in place."""
     whole = tile.shape[1] // BLOCK
-    tile[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).mul_(by_row[:, :whole, None])
+    tile[:, : whole * BLOCK].view(len(tile), whole, BLOCK).mul_(by_row[:, :whole, None])
     tile[:, whole * BLOCK :].mul_(by_row[:, -1:])
 
 

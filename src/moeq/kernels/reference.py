@@ -54,7 +54,9 @@ def fused_experts(
     y = _expert_linear_fp32(
         h.to(x.dtype), topk_ids, weights.w2, weights.w2_scale, weights.b2, scheme, 1
     )
-    return (y * topk_weights.float()[..., None]).sum(1).to(x.dtype)
+    local = (topk_ids >= 0) & (topk_ids < weights.num_experts)
+    weighted = y * topk_weights.float()[..., None]
+    return torch.where(local[..., None], weighted, 0).sum(1).to(x.dtype)
 
 
 def expert_linear(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moeq import ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
+from moeq.kernels.activations import ACTIVATIONS
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
@@ -72,8 +73,15 @@ class OnlineMoEMethodBase:
             has_bias: whether experts have biases.
             dtype: of the biases and of the activations.
             local_experts: global ids of the experts held here, in order; all where absent.
+
+        Raises:
+            ModelError: local experts that repeat or do not exist.
         """
         local = range(num_experts) if local_experts is None else local_experts
+        if len(set(local)) != len(local) or not all(0 <= e < num_experts for e in local):
+            raise ModelError(
+                f"local experts {list(local)}, expected different ids below {num_experts}"
+            )
         self._local = {expert: slot for slot, expert in enumerate(local)}
         self._num_experts = num_experts
         self._is_gated = is_gated
@@ -132,11 +140,7 @@ class OnlineMoEMethodBase:
                 f"{name}: shape {list(weight.shape)}, expected {list(codes.shape)}"
                 f" for the {projection} projection of expert {expert}"
             )
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise CheckpointError(
-                f"{name}: dtype {weight.dtype}, expected bfloat16, float16 or float32",
-                hint="moeq quantizes unquantized checkpoints",
-            )
+        check_weight_dtype(weight, name)
         group_amax = amax(weight, self.scheme.granularity)
         check_finite(weight, group_amax, name)
         self._quantize(layer, expert, projection, weight, group_amax)
@@ -182,6 +186,10 @@ class OnlineMoEMethodBase:
             return
         if (activation is None) == (gate is None):
             raise ModelError("a MoE layer needs either an activation's name or a gate of its own")
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ModelError(
+                f"unknown activation {activation!r}", hint=f"known: {', '.join(ACTIVATIONS)}"
+            )
         if self._waiting:
             expert, projection = min(self._waiting)
             raise CheckpointError(
@@ -265,7 +273,7 @@ class OnlineMoEMethodBase:
             2 if self._is_gated else 1,
             backend,
         )
-        h = self._gate(h13.flatten(0, 1)).view(*topk_ids.shape, -1)
+        h = self._gate(h13.flatten(0, 1)).view(*topk_ids.shape, self._intermediate)
         y: Tensor = ops.expert_linear(
             h,
             topk_ids,
@@ -279,8 +287,8 @@ class OnlineMoEMethodBase:
         if self._after is not None:
             y = self._after(y.flatten(0, 1)).view(y.shape)
         local = (topk_ids >= 0) & (topk_ids < parameter(layer, "w2_codes").shape[0])
-        weight = torch.where(local, topk_weights, 0).float()
-        return (y.float() * weight[..., None]).sum(1).to(x.dtype)
+        weighted = y.float() * topk_weights.float()[..., None]
+        return torch.where(local[..., None], weighted, 0).sum(1).to(x.dtype)
 
     def _quantize(
         self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, amax: Tensor
@@ -333,6 +341,14 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
     found = layer._parameters[name]
     assert found is not None, name
     return found
+
+
+def check_weight_dtype(weight: Tensor, name: str) -> None:
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise CheckpointError(
+            f"{name}: dtype {weight.dtype}, expected bfloat16, float16 or float32",
+            hint="moeq quantizes unquantized checkpoints",
+        )
 
 
 def register_meta(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

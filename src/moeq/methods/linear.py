@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
-from moeq.methods.base import parameter, register_meta
+from moeq.methods.base import check_weight_dtype, parameter, register_meta
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import amax, check_finite, dequantize, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
@@ -39,7 +39,7 @@ class OnlineLinearMethod:
         """Quantize a weight [out, in] into final storage on `device`.
 
         Raises:
-            CheckpointError: misshapen, or here before.
+            CheckpointError: misshapen, of a wrong dtype, or here before.
             NonFiniteError: NaN or Inf among the values.
         """
         if self._loaded:
@@ -47,6 +47,7 @@ class OnlineLinearMethod:
         shape = tuple(parameter(layer, "weight_codes").shape)
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
+        check_weight_dtype(weight, name)
         granularity, dtype = self.scheme.granularity, self.scheme.weight_dtype
         group_amax = amax(weight, granularity)
         check_finite(weight, group_amax, name)

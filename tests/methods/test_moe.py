@@ -1,0 +1,320 @@
+"""The life of a MoE layer's weights up to its first token: create, arrive, process."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from moeq import oracle
+from moeq.config import OnlineQuantizationConfig
+from moeq.errors import BackendError, CheckpointError, ModelError, NonFiniteError
+from moeq.methods.base import OnlineMoEMethodBase
+from moeq.quantize import QMAX, amax, quantize, scale_from_amax
+from moeq.schemes import Granularity, OnlineQuantScheme
+from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, stored
+
+EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
+ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+BLOCKS = OnlineQuantScheme.FP8_PER_BLOCK
+TENSOR = OnlineQuantScheme.FP8_PER_TENSOR
+
+
+def method_of(scheme: OnlineQuantScheme) -> OnlineMoEMethodBase:
+    method = OnlineQuantizationConfig(moe=scheme).get_quant_method("experts", "moe")
+    assert isinstance(method, OnlineMoEMethodBase)
+    return method
+
+
+@EVERY_SCHEME
+def test_create_weights_takes_no_memory(scheme: OnlineQuantScheme) -> None:
+    layer = nn.Module()
+    method_of(scheme).create_weights(  # 412 GB of codes, which nobody could allocate
+        layer, num_experts=2048, hidden_size=8192, intermediate_size=8192, has_bias=True
+    )
+    parameters = dict(layer.named_parameters())
+    assert sorted(parameters) == [
+        *("w13_bias", "w13_codes", "w13_scale", "w2_bias", "w2_codes", "w2_scale")
+    ]
+    assert all(p.is_meta and not p.requires_grad for p in parameters.values())
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_create_weights_registers_the_layout_of_experts(
+    scheme: OnlineQuantScheme, is_gated: bool
+) -> None:
+    model = checkpoint(is_gated=is_gated, has_bias=True, dtype=torch.float16)
+    method, layer = created(model, scheme)
+    weights = method.weights(layer)  # checks shapes and dtypes of codes and scales
+    assert weights.w13.shape == (3, 300 if is_gated else 150, 140)
+    assert weights.is_gated is is_gated
+    assert method.projections == (("gate", "up", "down") if is_gated else ("up", "down"))
+    assert weights.b13 is not None
+    assert weights.b13.dtype == torch.float16  # the model's, not the default
+
+
+def test_materialize_takes_memory_once() -> None:
+    method, layer = created(checkpoint(), ONE)
+    before = layer.w13_codes
+    method.materialize(layer, torch.device("cpu"))
+    assert layer.w13_codes is before
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_arriving_piece_by_piece_equals_quantizing_the_whole(
+    scheme: OnlineQuantScheme, is_gated: bool, dtype: torch.dtype
+) -> None:
+    model = checkpoint(is_gated=is_gated, dtype=dtype)
+    _, layer = loaded(model, scheme)
+    granularity, code = scheme.granularity, scheme.weight_dtype
+    parts = ("gate", "up") if is_gated else ("up",)
+
+    def stack(projection: str) -> torch.Tensor:
+        return torch.stack([model.weights[e, projection] for e in range(3)])
+
+    maxima = [amax(stack(part), granularity) for part in parts]
+    if granularity is Granularity.TENSOR:  # one scale for gate and up
+        maxima = [torch.stack(maxima).amax(0)] * len(parts)
+    scales = [scale_from_amax(maximum, code) for maximum in maxima]
+    codes = [quantize(stack(p), s, code, granularity) for p, s in zip(parts, scales, strict=True)]
+    scale13 = scales[0] if granularity is Granularity.TENSOR else torch.cat(scales, dim=1)
+    assert torch.equal(layer.w13_scale, scale13)
+    assert torch.equal(layer.w13_codes.float(), torch.cat([c.float() for c in codes], dim=1))
+    scale2 = scale_from_amax(amax(stack("down"), granularity), code)
+    assert torch.equal(layer.w2_scale, scale2)
+    codes2 = quantize(stack("down"), scale2, code, granularity)
+    assert torch.equal(layer.w2_codes.float(), codes2.float())
+
+
+@EVERY_SCHEME
+def test_the_order_of_arrival_does_not_change_the_bytes(scheme: OnlineQuantScheme) -> None:
+    model = checkpoint(has_bias=True)
+    expected = stored(loaded(model, scheme)[1])
+    orders = [list(reversed(model.arrivals()))]
+    orders.append(sorted(model.arrivals(), key=lambda arrival: arrival[1:]))  # all gates first
+    for seed in range(3):
+        orders.append(random.Random(seed).sample(model.arrivals(), len(model.arrivals())))
+    for order in orders:
+        method, layer = created(model, scheme)
+        arrive(method, layer, model, order)
+        method.process_weights_after_loading(layer, activation="silu")
+        assert stored(layer) == expected
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(("gate", "up", "down"))], ids=repr)
+def test_per_tensor_gate_and_up_share_the_scale_of_the_larger(order: tuple[str, ...]) -> None:
+    model = checkpoint(2)
+    model.weights[0, "gate"][0, 0] = 3.5
+    model.weights[1, "up"][0, 0] = -7
+    method, layer = created(model, TENSOR)
+    arrive(method, layer, model, [(e, p, False) for p in order for e in (0, 1)])
+    assert layer.w13_scale.tolist() == [3.5 / 448, 7 / 448]
+    assert layer.w13_codes[0, 0, 0].float() == 448
+    assert layer.w13_codes[1, model.intermediate, 0].float() == -448
+    quieter = layer.w13_codes[0, model.intermediate :].float().abs().max()
+    assert 0 < quieter < 448  # up of expert 0 does not reach the top of its scale
+
+
+def test_a_pair_that_waits_does_not_hold_the_readers_buffer() -> None:
+    model = checkpoint(1)
+    expected = stored(loaded(model, TENSOR)[1])
+    method, layer = created(model, TENSOR)
+    buffer = model.weights[0, "gate"].clone()
+    method.load_expert(layer, 0, "gate", buffer, "gate")
+    buffer.copy_(model.weights[0, "up"])  # the same memory, overwritten by the next read
+    method.load_expert(layer, 0, "up", buffer, "up")
+    arrive(method, layer, model, [(0, "down", False)])
+    assert stored(layer) == expected
+
+
+def test_biases_land_gate_then_up_unquantized() -> None:
+    model = checkpoint(2, has_bias=True)
+    _, layer = loaded(model, BLOCKS)
+    for e in range(2):
+        gate, up, down = (model.biases[e, p] for p in ("gate", "up", "down"))
+        assert torch.equal(layer.w13_bias[e], torch.cat([gate, up]))
+        assert torch.equal(layer.w2_bias[e], down)
+
+
+def test_process_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, layer = loaded(checkpoint(), ONE)
+    choice, before = method.choice, stored(layer)
+    assert choice is not None
+    assert choice.backend.name == "reference"
+    monkeypatch.setattr(oracle, "BACKENDS", ())
+    method.process_weights_after_loading(layer)  # not even its arguments are looked at
+    assert method.choice is choice
+    assert stored(layer) == before
+
+
+@pytest.mark.parametrize("missing", [(0, "gate", False), (2, "down", False), (1, "up", True)])
+@EVERY_SCHEME
+def test_process_refuses_and_names_what_never_arrived(
+    scheme: OnlineQuantScheme, missing: tuple[int, str, bool]
+) -> None:
+    model = checkpoint(has_bias=True)
+    method, layer = created(model, scheme)
+    arrive(method, layer, model, [a for a in model.arrivals() if a != missing])
+    with pytest.raises(CheckpointError) as caught:
+        method.process_weights_after_loading(layer, activation="silu")
+    what = f"{missing[1]}{' bias' if missing[2] else ''} of expert {missing[0]}"
+    assert caught.value.message == f"1 expert tensors never arrived, the first: {what}"
+    arrive(method, layer, model, [missing])
+    method.process_weights_after_loading(layer, activation="silu")
+    assert method.choice is not None
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("is_bias", [False, True])
+def test_a_tensor_that_arrives_twice_is_refused(scheme: OnlineQuantScheme, is_bias: bool) -> None:
+    model = checkpoint(has_bias=True)
+    method, layer = created(model, scheme)
+    arrive(method, layer, model, [(1, "gate", is_bias)])
+    before = stored(layer)
+    with pytest.raises(CheckpointError, match=r"experts\.1\.gate_proj.*expert 1 arrived before"):
+        arrive(method, layer, model, [(1, "gate", is_bias)])
+    assert stored(layer) == before
+
+
+def load_wrong(scheme: OnlineQuantScheme, projection: str, weight: torch.Tensor) -> None:
+    """Load one bad tensor; nothing may be written, and the layer must stay incomplete."""
+    model = checkpoint()
+    method, layer = created(model, scheme)
+    arrive(method, layer, model, [a for a in model.arrivals() if a != (1, projection, False)])
+    before = stored(layer)
+    try:
+        method.load_expert(layer, 1, projection, weight, "e.1.weight")  # type: ignore[arg-type]
+    finally:
+        assert stored(layer) == before
+        with pytest.raises(CheckpointError, match=f"never arrived, the first: {projection} of e"):
+            method.process_weights_after_loading(layer, activation="silu")
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize(
+    ("projection", "shape", "expected"),
+    [("gate", (140, 150), "[150, 140]"), ("down", (150, 140), "[140, 150]"), ("up", (150,), "")],
+)
+def test_misshapen_weights_are_refused(
+    scheme: OnlineQuantScheme, projection: str, shape: tuple[int, ...], expected: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_wrong(scheme, projection, torch.ones(shape, dtype=torch.bfloat16))
+    assert caught.value.message.startswith(f"e.1.weight: shape {list(shape)}, expected {expected}")
+    assert caught.value.message.endswith(f"for the {projection} projection of expert 1")
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64, torch.bool])
+def test_weights_that_are_quantized_already_are_refused(
+    scheme: OnlineQuantScheme, dtype: torch.dtype
+) -> None:
+    with pytest.raises(CheckpointError, match=f"e.1.weight: dtype {dtype}, expected bfloat16"):
+        load_wrong(scheme, "up", torch.ones(150, 140).to(dtype))
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+def test_nan_and_inf_are_refused(scheme: OnlineQuantScheme, value: float, projection: str) -> None:
+    weight = checkpoint().weights[1, projection].clone()
+    weight[-1, -1] = value
+    with pytest.raises(NonFiniteError, match=r"e\.1\.weight: .* at \[1[34]9, 1[34]9\], 1 of 21000"):
+        load_wrong(scheme, projection, weight)
+
+
+def test_bad_biases_are_refused() -> None:
+    model = checkpoint(has_bias=True)
+    method, layer = created(model, ONE)
+    with pytest.raises(CheckpointError, match=r"b: shape \[300\], expected \[150\]"):
+        method.load_bias(layer, 0, "up", torch.zeros(300), "b")
+    with pytest.raises(NonFiniteError, match=r"b: nan at \[149\], 1 of 150"):
+        method.load_bias(layer, 0, "up", torch.tensor([0.0] * 149 + [math.nan]), "b")
+    with pytest.raises(CheckpointError, match="not due"):
+        method_without, layer_without = created(checkpoint(), ONE)
+        method_without.load_bias(layer_without, 0, "up", torch.zeros(150), "b")
+
+
+@pytest.mark.parametrize("expert", [-1, 3])
+def test_experts_that_the_layer_does_not_have_are_refused(expert: int) -> None:
+    method, layer = created(checkpoint(3), ONE)
+    with pytest.raises(CheckpointError, match=f"w: expert {expert} of a layer that has 3"):
+        method.load_expert(layer, expert, "up", torch.ones(150, 140), "w")
+
+
+def test_a_gateless_layer_has_no_use_for_a_gate() -> None:
+    method, layer = created(checkpoint(is_gated=False), ONE)
+    with pytest.raises(CheckpointError, match="gate of expert 0 arrived before or is not due"):
+        method.load_expert(layer, 0, "gate", torch.ones(150, 140), "w")
+
+
+def test_a_layer_needs_a_named_activation_or_a_gate_and_not_both() -> None:
+    model = checkpoint()
+    for arguments in ({}, {"activation": "silu", "gate": torch.relu}):
+        method, layer = created(model, ONE)
+        arrive(method, layer, model)
+        with pytest.raises(ModelError, match="either an activation's name or a gate"):
+            method.process_weights_after_loading(layer, **arguments)  # type: ignore[arg-type]
+        assert method.choice is None
+
+
+def test_an_unknown_backend_is_an_error_that_leaves_the_layer_unprocessed() -> None:
+    model = checkpoint()
+    method, layer = created(model, ONE, backend="warp")
+    arrive(method, layer, model)
+    with pytest.raises(BackendError, match="unknown kernel backend 'warp'"):
+        method.process_weights_after_loading(layer, activation="silu")
+    assert method.choice is None
+
+
+@EVERY_SCHEME
+def test_a_layer_of_zeros_has_scales_of_one(scheme: OnlineQuantScheme) -> None:
+    zeros = checkpoint(2)
+    for weight in zeros.weights.values():
+        weight.zero_()
+    _, layer = loaded(zeros, scheme)
+    for scale in (layer.w13_scale, layer.w2_scale):
+        assert torch.equal(scale, torch.ones_like(scale))
+    for codes in (layer.w13_codes, layer.w2_codes):
+        assert bool((codes.float() == 0).all())
+
+
+@EVERY_SCHEME
+def test_codes_use_their_whole_range(scheme: OnlineQuantScheme) -> None:
+    model: Checkpoint = checkpoint()
+    _, layer = loaded(model, scheme)
+    assert layer.w2_codes.float().abs().amax(dim=(1, 2)).tolist() == [QMAX[scheme.weight_dtype]] * 3
+
+
+def test_what_was_saved_quantized_needs_no_arrivals() -> None:
+    model = checkpoint()
+    saved, layer = loaded(model, ONE)
+    method, fresh = created(model, ONE)
+    fresh.load_state_dict(layer.state_dict())
+    method.mark_loaded()
+    method.process_weights_after_loading(fresh, activation="silu")
+    assert method.choice is not None
+    assert stored(fresh) == stored(layer)
+    assert saved.choice is not None
+
+
+@pytest.mark.parametrize("local", [[1, 1], [0, 4], [-1]])
+def test_local_experts_that_cannot_be_are_refused(local: list[int]) -> None:
+    with pytest.raises(ModelError, match="local experts"):
+        method_of(ONE).create_weights(
+            nn.Module(), num_experts=4, hidden_size=8, intermediate_size=8, local_experts=local
+        )
+
+
+def test_activation_that_no_kernel_knows_is_refused_before_a_token() -> None:
+    method, layer = method_of(ONE), nn.Module()
+    method.create_weights(layer, num_experts=1, hidden_size=8, intermediate_size=8)
+    with pytest.raises(ModelError, match="swiglu"):
+        method.process_weights_after_loading(layer, activation="swiglu")
