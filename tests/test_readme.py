@@ -30,7 +30,7 @@ def test_transformers_and_reload_blocks_run(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "def read_lines(path):" in result.stdout
-    assert "100% of expert bytes quantized" in result.stdout
+    assert "100% of expert weights quantized" in result.stdout
 
 
 def test_commands_have_the_options_that_are_shown() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def perplexity(model: Any, ids: Tensor, *, window: int = 512, batch: int = 4) -> float:
+def perplexity(model: Any, ids: Tensor, *, window: int = 2048, batch: int = 1) -> float:
     """exp of the mean negative log-likelihood of a text under a causal language model.
 
     The text is cut into windows that do not overlap; within each, every token but the first is

@@ -80,6 +80,13 @@ class LayerShape:
             case _:
                 return intermediate, hidden
 
+    @property
+    def num_weights(self) -> int:
+        """Of all matrices, biases not counted."""
+        per_expert = self.hidden_size * self.intermediate_size
+        matrices = 1 if self.kind == "linear" else 3 if self.is_gated else 2
+        return self.num_experts * matrices * per_expert
+
     def quantized_bytes(self, scheme: OnlineQuantScheme, bias_itemsize: int) -> int:
         """Bytes of codes, scales and biases under a scheme."""
         parts = 2 if self.is_gated else 1
@@ -111,6 +118,11 @@ class LayerPlan:
         return sum(source.spec.nbytes for source in self.sources)
 
     @property
+    def bias_bytes(self) -> int:
+        """Of those, biases."""
+        return sum(source.spec.nbytes for source in self.sources if source.is_bias)
+
+    @property
     def final_bytes(self) -> int:
         """Held once loaded."""
         itemsizes = [s.spec.dtype.itemsize for s in self.sources if s.is_bias]
@@ -124,13 +136,15 @@ class LoadPlan:
     Attributes:
         layers: that are quantized.
         checkpoint_bytes: of all tensors in the checkpoint.
-        expert_bytes: of those that are expert weights, quantized or not.
+        unquantized_bytes: of expert weights that are not quantized.
+        unquantized_weights: how many these are.
         kept: layer -> the named rule that keeps it unquantized.
     """
 
     layers: tuple[LayerPlan, ...]
     checkpoint_bytes: int
-    expert_bytes: int
+    unquantized_bytes: int
+    unquantized_weights: int
     kept: dict[str, str]
 
     @property
@@ -152,26 +166,27 @@ class LoadPlan:
         return self.final_bytes + self.window_bytes
 
     @property
-    def quantized_expert_bytes(self) -> int:
-        """Checkpoint bytes of expert weights that are quantized."""
-        return sum(
-            source.spec.nbytes
-            for layer in self.layers
-            if layer.shape.kind == "moe"
-            for source in layer.sources
-            if not source.is_bias
-        )
+    def expert_bytes(self) -> int:
+        """Checkpoint bytes of expert weights, quantized or not; biases not counted."""
+        quantized = sum(layer.source_bytes - layer.bias_bytes for layer in self._moe_layers)
+        return quantized + self.unquantized_bytes
 
     @property
     def final_expert_bytes(self) -> int:
-        """Held for experts once loaded."""
-        moe = sum(layer.final_bytes for layer in self.layers if layer.shape.kind == "moe")
-        return moe + self.expert_bytes - self.quantized_expert_bytes
+        """Held for expert weights once loaded: codes and scales, and what is not quantized."""
+        quantized = sum(layer.final_bytes - layer.bias_bytes for layer in self._moe_layers)
+        return quantized + self.unquantized_bytes
 
     @property
     def coverage(self) -> float:
-        """Share of the expert bytes that are quantized, 0 to 1."""
-        return self.quantized_expert_bytes / self.expert_bytes if self.expert_bytes else 0.0
+        """Share of the expert weights that are quantized, 0 to 1."""
+        quantized = sum(layer.shape.num_weights for layer in self._moe_layers)
+        every = quantized + self.unquantized_weights
+        return quantized / every if every else 0.0
+
+    @property
+    def _moe_layers(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.shape.kind == "moe"]
 
 
 def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:

@@ -27,7 +27,7 @@ class LoadReport:
         expert_bytes_after: of expert codes and scales in memory.
         total_bytes_before: of all tensors in the checkpoint.
         total_bytes_after: of all weights in memory.
-        coverage: share of the expert bytes that were quantized, 0 to 1.
+        coverage: share of the expert weights that were quantized, 0 to 1.
         peak_bytes_planned: the most memory that loading was to take.
         peak_bytes_actual: that it took beyond what the process had; None where it cannot be read.
         seconds: from the first byte to the last.
@@ -60,7 +60,7 @@ class LoadReport:
         actual = self.peak_bytes_actual
         lines = [
             f"experts  {size(self.expert_bytes_before)} -> {size(self.expert_bytes_after)}"
-            f"   ({self.coverage:.0%} of expert bytes quantized)",
+            f"   ({self.coverage:.0%} of expert weights quantized)",
             f"weights  {size(self.total_bytes_before)} -> {size(self.total_bytes_after)}",
             f"peak     {size(self.peak_bytes_planned)} planned,"
             f" {'not measured' if actual is None else size(actual) + ' actual'}",
@@ -76,14 +76,19 @@ class LoadReport:
 
 
 def make_report(
-    plan: LoadPlan, *, peak: int | None, seconds: float, kernels: dict[str, str]
+    plan: LoadPlan,
+    *,
+    model_bytes: int,
+    peak: int | None,
+    seconds: float,
+    kernels: dict[str, str],
 ) -> LoadReport:
-    """The report of a load that followed `plan`."""
+    """The report of a load that followed `plan` and made a model of `model_bytes`."""
     return LoadReport(
         expert_bytes_before=plan.expert_bytes,
         expert_bytes_after=plan.final_expert_bytes,
         total_bytes_before=plan.checkpoint_bytes,
-        total_bytes_after=plan.final_bytes,
+        total_bytes_after=model_bytes,
         coverage=plan.coverage,
         peak_bytes_planned=plan.peak_bytes,
         peak_bytes_actual=peak,

@@ -52,7 +52,7 @@ def test_generate_prints_text_alone_on_stdout() -> None:
                   "--max-new-tokens", "8")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
-    assert "100% of expert bytes quantized" in result.stderr
+    assert "100% of expert weights quantized" in result.stderr
     assert "planned" in result.stderr and "actual" in result.stderr
     assert "expert" not in result.stdout
 

@@ -758,7 +758,7 @@ def test_report(qwen: Path) -> None:
     assert report.peak_bytes_planned > report.total_bytes_after
     assert report.peak_bytes_actual is None or report.peak_bytes_actual >= 0
     assert 0 < report.seconds < 60
-    assert any("100% of expert bytes" in line for line in report.lines())
+    assert any("100% of expert weights" in line for line in report.lines())
 
 
 def test_only_our_models_have_a_report(qwen: Path) -> None:

@@ -18,9 +18,15 @@ _NEW_TOKENS = 48
 
 
 @click.command(epilog="Example: moeq demo --json > demo.json")
-@click.option("--tokens", type=click.IntRange(64), help="Held-out tokens to score; all if absent.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(64),
+    default=8192,
+    show_default=True,
+    help="Held-out tokens to score; there are about 27,800.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def demo(tokens: int | None, as_json: bool) -> None:
+def demo(tokens: int, as_json: bool) -> None:
     """Load the embedded model under every scheme; print memory, perplexity and a completion.
 
     Needs no network: an 8-million-parameter Mixture-of-Experts model of Python source ships with
@@ -42,7 +48,7 @@ def demo(tokens: int | None, as_json: bool) -> None:
         _print(rows)
 
 
-def measure(name: str, tokens: int | None) -> dict[str, Any]:
+def measure(name: str, tokens: int) -> dict[str, Any]:
     """Load the embedded model as "bf16" or under a scheme, score held-out text, complete a prompt.
 
     Returns:
@@ -113,7 +119,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     from moeq.report import size
 
-    table = Table()
+    # Narrow enough for 80 columns, cut nowhere when piped into a file
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("scheme", no_wrap=True)
     for heading in ("experts", "weights", "peak", "load", "perplexity", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -125,14 +132,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
             size(row["total_bytes"]),
             "-" if peak is None else size(peak),
             f"{row['load_seconds']:.2f} s",
-            f"{row['perplexity']:.4f}",
-            "" if row is rows[0] else f"{row['perplexity_change']:+.3%}",
+            f"{row['perplexity']:.3f}",
+            "" if row is rows[0] else f"{row['perplexity_change']:+.2%}",
         )
-    console = Console(width=None)
+    console = Console()
     console.print(table)
     console.print(
-        f"perplexity over {rows[0]['tokens']} tokens that the model never saw;"
-        " peak: memory taken while loading, in a fresh process",
+        f"\nperplexity: over {rows[0]['tokens']} tokens that the model never saw\n"
+        "peak: anonymous memory that loading took, in a fresh process",
         highlight=False,
     )
     for row in rows:

@@ -83,6 +83,10 @@ def find_targets(
         else:
             shape, up_name = experts_shape(name, module)
             targets.append(Target(module, shape, scheme, up_name))
+    for name, module in modules.items():
+        subclass = isinstance(module, nn.Linear) and name not in linears
+        if subclass and config.scheme_for(name, "linear") is not None:
+            kept[name] = "a kind of linear that moeq does not know"
     for name, linear in linears.items():
         scheme = config.scheme_for(name, "linear")
         if name in config.targets and protected.get(name) == _TIED:
@@ -131,12 +135,11 @@ def experts_shape(name: str, module: Any) -> tuple[LayerShape, str]:
     return LayerShape(name, "moe", num_experts, k, intermediate, module.has_gate, has_bias), up_name
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Of the matrices of any module that holds experts."""
+def expert_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of any module that holds experts, without their biases."""
     parameters = list(module.parameters())
     stacked = [p for p in parameters if p.ndim == 3]
-    matrices = stacked or [p for p in parameters if p.ndim == 2]
-    return sum(p.numel() * p.element_size() for p in matrices)
+    return stacked or [p for p in parameters if p.ndim == 2]
 
 
 def activation_of(module: Any) -> tuple[str | None, Gate | None, Gate | None]:

@@ -36,7 +36,7 @@ from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
 from moeq.engines.hf_routes import Routes, find_routes, quantized_names, saved_plans
-from moeq.engines.hf_structure import Target, activation_of, find_targets, weight_bytes
+from moeq.engines.hf_structure import Target, activation_of, expert_matrices, find_targets
 from moeq.errors import CheckpointError, ModelError
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
@@ -213,6 +213,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._advance(self.plan.checkpoint_bytes - self._read_bytes)  # transformers' share
         self.report = make_report(
             self.plan,
+            model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             peak=self._memory.peak_bytes,
             seconds=time.perf_counter() - self._started,
             kernels=self._kernels(),
@@ -335,20 +336,19 @@ def _load_plan(
     specs: dict[str, TensorSpec],
     kept: dict[str, str],
 ) -> LoadPlan:
-    quantized = sum(
-        source.spec.nbytes
-        for plan in plans
-        if plan.shape.kind == "moe"
-        for source in plan.sources
-        if not source.is_bias
-    )
-    unquantized = sum(
-        weight_bytes(module)
+    unquantized = [
+        matrix
         for name, module in model.named_modules()
         if name in kept and not isinstance(module, nn.Linear)
+        for matrix in expert_matrices(module)
+    ]
+    return LoadPlan(
+        plans,
+        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
+        unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
+        unquantized_weights=sum(p.numel() for p in unquantized),
+        kept=kept,
     )
-    total = sum(spec.nbytes for spec in specs.values())
-    return LoadPlan(plans, total, quantized + unquantized, kept)
 
 
 def _single_device(device_map: Any) -> torch.device:
