@@ -116,7 +116,7 @@ def test_process_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_saved_quantized_needs_no_arrival() -> None:
     method, layer = created(ROWS)
-    method.mark_loaded()
+    method.mark_loaded(layer)
     method.process_weights_after_loading(layer)
     assert method.choice is not None
 

@@ -297,8 +297,12 @@ def test_what_was_saved_quantized_needs_no_arrivals() -> None:
     model = checkpoint()
     saved, layer = loaded(model, ONE)
     method, fresh = created(model, ONE)
-    fresh.load_state_dict(layer.state_dict())
-    method.mark_loaded()
+    fresh.load_state_dict(layer.state_dict(), assign=True)
+    misplaced = torch.empty(fresh.w2_codes.numel() + 1, dtype=torch.int8)[1:]
+    fresh.w2_codes.data = misplaced.view(fresh.w2_codes.shape).copy_(layer.w2_codes)
+    assert fresh.w2_codes.data_ptr() % 64 != 0
+    method.mark_loaded(fresh)
+    assert fresh.w2_codes.data_ptr() % 64 == 0  # vector loads are slow elsewhere, or refused
     method.process_weights_after_loading(fresh, activation="silu")
     assert method.choice is not None
     assert stored(fresh) == stored(layer)

@@ -197,7 +197,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for target in self._targets:
             if self.pre_quantized:
-                self._methods[target.shape.name].mark_loaded()
+                self._methods[target.shape.name].mark_loaded(target.module)
             else:
                 self._finish_structure(target)
             self._choose_kernel(target)

@@ -18,7 +18,7 @@ depends on the dtype of codes and rows, and on how many rows share the cost of p
     fp32, fp16     codes decoded to fp32.
 
 Scales are applied in fp32 to the outputs, except those of blocks, which are folded into the
-decoded tile. Left out: repacked copies of the weights (oneDNN's would be 1.5x faster at 16 rows,
+decoded tile. Left out: repacked copies of the weights (oneDNN's would be 1.4x faster at 16 rows,
 but they are not what is saved), torch.compile, thread pools of our own.
 
 Legend: T tokens, k experts per token, R rows, E experts, N x K one matrix; see `moeq.experts`.

@@ -32,6 +32,9 @@ from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
 
+_ALIGNMENT = 64
+"""Bytes: a cache line, and the widest vector of a CPU."""
+
 Projection = Literal["gate", "up", "down"]
 
 Gate = Callable[[Tensor], Tensor]
@@ -209,9 +212,11 @@ class OnlineMoEMethodBase:
         request = KernelRequest("moe", self.scheme, device, self._dtype, activation)
         return select_backend(request, self.backend)
 
-    def mark_loaded(self) -> None:
+    def mark_loaded(self, layer: nn.Module) -> None:
         """Everything arrived already quantized: a checkpoint that moeq saved."""
         self._waiting.clear()
+        for name in ("w13_codes", "w2_codes"):
+            align(parameter(layer, name))
 
     def weights(self, layer: nn.Module) -> ExpertWeights:
         """The layer's quantized weights, as kernels take them."""
@@ -341,6 +346,12 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
     found = layer._parameters[name]
     assert found is not None, name
     return found
+
+
+def align(codes: Tensor) -> None:
+    """Move codes to where vector loads are fast: in a mapped file they can start at any byte."""
+    if codes.device.type == "cpu" and codes.data_ptr() % _ALIGNMENT:
+        codes.data = codes.data.clone()
 
 
 def check_weight_dtype(weight: Tensor, name: str) -> None:

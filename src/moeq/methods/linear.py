@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
-from moeq.methods.base import check_weight_dtype, parameter, register_meta
+from moeq.methods.base import align, check_weight_dtype, parameter, register_meta
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import amax, check_finite, dequantize, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
@@ -66,9 +66,10 @@ class OnlineLinearMethod:
         request = KernelRequest("linear", self.scheme, device, self._dtype)
         return select_backend(request, self.backend)
 
-    def mark_loaded(self) -> None:
+    def mark_loaded(self, layer: nn.Module) -> None:
         """The weight arrived already quantized: a checkpoint that moeq saved."""
         self._loaded = True
+        align(parameter(layer, "weight_codes"))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that the weight arrived and choose the kernel; later calls do nothing."""
