@@ -338,7 +338,8 @@ def test_shards_make_no_difference(save: Callable[..., Path], tmp_path: Path) ->
 
 
 def test_with_and_without_a_head(qwen: Path, tmp_path: Path) -> None:
-    """Names in checkpoint and model differ by a prefix, either way around."""
+    """Names in checkpoint and model differ by a prefix, either way around. A head that is nowhere
+    would be random numbers, and is refused."""
     whole = load(qwen, scheme=FP8)
     config = OnlineQuantizationConfig(FP8)
     headless = transformers.Qwen2MoeModel.from_pretrained(qwen, quantization_config=config)
@@ -347,7 +348,22 @@ def test_with_and_without_a_head(qwen: Path, tmp_path: Path) -> None:
 
     bare = transformers.Qwen2MoeModel.from_pretrained(qwen, dtype=torch.bfloat16)
     bare.save_pretrained(tmp_path / "bare")
-    assert_same_state(load(tmp_path / "bare", scheme=FP8).model, whole.model)
+    again = transformers.Qwen2MoeModel.from_pretrained(
+        tmp_path / "bare", quantization_config=config
+    )
+    assert_same_state(again, whole.model)
+    with pytest.raises(CheckpointError, match=r"missing from the checkpoint.*lm_head\.weight"):
+        load(tmp_path / "bare", scheme=FP8)
+
+
+def test_a_missing_tensor_that_is_not_quantized_is_refused(
+    save: Callable[[Architecture], Path],
+) -> None:
+    architecture = BY_NAME["qwen3_moe"]
+    folder = save(architecture)
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.q_norm.weight"))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_norm\.weight"):
+        load(folder, architecture, INT8)
 
 
 def test_layers_that_the_model_does_not_have(save: Callable[[Architecture], Path]) -> None:

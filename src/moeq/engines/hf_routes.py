@@ -78,7 +78,9 @@ def find_routes(
     }
     converters = {}
     by_parameter: dict[str, list[_Route]] = {}
+    fed: set[str] = set()
     for route, converter in _routes(model, specs, conversions):
+        fed.update(_fed(route, converter))
         for parameter in _fed(route, converter):
             if parameter in wanted:
                 by_parameter.setdefault(parameter, []).append(route)
@@ -104,8 +106,29 @@ def find_routes(
             for source in sources.get(f"{target.shape.name}.{name}", ())
         )
         check_sources(target.shape, mine)
+        fed.update(f"{target.shape.name}.{name}" for name in _parameter_names(target))
         plans.append(LayerPlan(target.shape, target.scheme, mine))
+    _check_rest(model, fed)
     return Routes(tuple(plans), merged, claims, sources)
+
+
+def _check_rest(model: Any, fed: set[str]) -> None:
+    """What we do not quantize is there too: transformers would fill it with random numbers."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    optional = [*(model._keys_to_ignore_on_load_missing or ())]
+    missing = [
+        name
+        for name in model.state_dict()
+        if name not in fed
+        and name not in tied
+        and not any(re.search(pattern, name) for pattern in optional)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of the model's tensors are missing from the checkpoint, the first:"
+            f" {missing[0]}",
+            hint="the checkpoint is incomplete, or config.json asks for more than it holds",
+        )
 
 
 def saved_plans(
