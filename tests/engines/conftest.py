@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+
+from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.linear import OnlineLinearMethod
+from tests.engines.models import Architecture
+from tests.engines.tools import QWEN
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,3 +34,30 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[Architecture], Path]:
+    """A bf16 checkpoint of a tiny model, in the hub's layout."""
+
+    def to_folder(architecture: Architecture, **kwargs: Any) -> Path:
+        architecture.make().to(torch.bfloat16).save_pretrained(tmp_path, **kwargs)
+        return tmp_path
+
+    return to_folder
+
+
+@pytest.fixture
+def qwen(save: Callable[[Architecture], Path]) -> Path:
+    return save(QWEN)
+
+
+@pytest.fixture
+def nothing_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if any weight takes memory: what is wrong is said before that."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("weights were allocated")
+
+    monkeypatch.setattr(OnlineMoEMethodBase, "materialize", refuse)
+    monkeypatch.setattr(OnlineLinearMethod, "load", refuse)
