@@ -166,6 +166,7 @@ def test_these_are_the_public_names() -> None:
         "OnlineQuantScheme",
         "OnlineQuantizationConfig",
         "load",
+        "register",
         "report_of",
     ]
     assert dir(moeq) == sorted([*moeq.__all__, "__version__"])

@@ -69,7 +69,7 @@ def test_where_nothing_runs_the_error_lists_every_reason() -> None:
     assert message.startswith(
         "no kernel runs int8_per_channel_weight_only (moe, torch.bfloat16, on meta): "
     )
-    assert "cpu: runs on the CPU, the weights are on meta" in message
+    assert "cpu: runs on the CPU, not on meta" in message
     assert "reference: the slow ground truth of the tests: runs only if named" in message
     for backend in BACKENDS:
         reason = backend.rejects(asking(device="meta"), False)
@@ -84,9 +84,9 @@ def test_cuda_weights_do_not_fall_back_to_the_cpu() -> None:
     try:
         assert select_backend(request).backend.name not in ("cpu", "reference")
     except BackendError as error:
-        for reason in ("cpu: runs on the CPU, the weights are on cuda", "reference: the slow"):
+        for reason in ("cpu: runs on the CPU, not on cuda", "reference: the slow"):
             assert reason in error.message
-    with pytest.raises(BackendError, match="cpu: runs on the CPU, the weights are on cuda"):
+    with pytest.raises(BackendError, match="cpu: runs on the CPU, not on cuda"):
         select_backend(request, "cpu")
 
 

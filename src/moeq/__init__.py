@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
+    from moeq.engines import register
     from moeq.engines.load import load, report_of
     from moeq.errors import MoeqError
     from moeq.report import LoadReport
@@ -24,6 +25,7 @@ _HOMES = {
     "OnlineQuantScheme": "moeq.schemes",
     "OnlineQuantizationConfig": "moeq.config",
     "load": "moeq.engines.load",
+    "register": "moeq.engines",
     "report_of": "moeq.engines.load",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "OnlineQuantScheme",
     "OnlineQuantizationConfig",
     "load",
+    "register",
     "report_of",
 ]
 

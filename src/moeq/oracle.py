@@ -63,7 +63,7 @@ class Choice:
 
 def _cpu_rejects(request: KernelRequest, named: bool) -> str:
     if request.device.type != "cpu":
-        return f"runs on the CPU, the weights are on {request.device.type}"
+        return f"runs on the CPU, not on {request.device.type}; GPU kernels are not there yet"
     if request.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 or float32 activations, not {request.dtype}"
     return ""
@@ -71,7 +71,7 @@ def _cpu_rejects(request: KernelRequest, named: bool) -> str:
 
 def _cpu_note(request: KernelRequest) -> str:
     if request.scheme.weight_dtype == torch.float8_e4m3fn:
-        return "CPUs have no fp8 units: activations stay unquantized (more exact than the scheme)"
+        return "fp8 on a CPU: no fp8 units, so activations stay unquantized"
     return ""
 
 

@@ -157,8 +157,14 @@ class LoadPlan:
     def window_bytes(self) -> int:
         """The most that loading holds beyond the final weights: one matrix as it is read, one more
         that waits for its pair or is transposed, and what quantizing a chunk of it takes."""
-        biggest = max((_matrix_bytes(layer) for layer in self.layers), default=0)
-        return 2 * biggest + (16 << 20)
+        loading = [
+            layer
+            for layer in self.layers
+            if all(source.spec.dtype in WEIGHT_DTYPES for source in layer.sources)
+        ]
+        if not loading:
+            return 0  # quantized before
+        return 2 * max(_matrix_bytes(layer) for layer in loading) + (6 << 20)
 
     @property
     def peak_bytes(self) -> int:
@@ -220,8 +226,8 @@ def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:
         if shape.kind == "moe":
             name = _missing_name(sources, *next(iter(wanted)))
         raise CheckpointError(
-            f"{shape.name}: {len(wanted)} tensors are missing from the checkpoint, the first:"
-            f" {name}",
+            f"{shape.name}: missing from the checkpoint: {name}"
+            + (f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""),
             hint="the checkpoint is incomplete, or config.json asks for more than it holds",
         )
 

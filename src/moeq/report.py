@@ -31,7 +31,8 @@ class LoadReport:
         peak_bytes_planned: the most memory that loading was to take.
         peak_bytes_actual: that it took beyond what the process had; None where it cannot be read.
         seconds: from the first byte to the last.
-        kernels: layer kind -> backend, with its note.
+        kernels: layer kind and scheme -> backend.
+        notes: what a backend does differently from the letter of a scheme.
         kept: layer -> the rule that kept it unquantized.
     """
 
@@ -44,6 +45,7 @@ class LoadReport:
     peak_bytes_actual: int | None
     seconds: float
     kernels: dict[str, str]
+    notes: tuple[str, ...]
     kept: dict[str, str]
 
     @property
@@ -67,10 +69,11 @@ class LoadReport:
             f"time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s",
         ]
         lines += [f"kernel   {kind}: {kernel}" for kind, kernel in self.kernels.items()]
+        lines += [f"note     {note}" for note in self.notes]
         rules = sorted(set(self.kept.values()))
         for rule in rules:
             names = [name for name, why in self.kept.items() if why == rule]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            more = f" + {len(names) - 1} more" if len(names) > 1 else ""
             lines.append(f"kept     {names[0]}{more}: {rule}")
         return lines
 
@@ -82,6 +85,7 @@ def make_report(
     peak: int | None,
     seconds: float,
     kernels: dict[str, str],
+    notes: tuple[str, ...],
 ) -> LoadReport:
     """The report of a load that followed `plan` and made a model of `model_bytes`."""
     return LoadReport(
@@ -94,6 +98,7 @@ def make_report(
         peak_bytes_actual=peak,
         seconds=seconds,
         kernels=kernels,
+        notes=notes,
         kept=plan.kept,
     )
 

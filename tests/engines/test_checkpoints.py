@@ -24,6 +24,7 @@ from tests.engines.tools import (
     FP8,
     INT8,
     QWEN,
+    amend,
     assert_same_state,
     load,
     open_files,
@@ -121,7 +122,7 @@ def _twice(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_missing, [EXPERTS, "1 tensors are missing", EXPERT_WEIGHT]),
+        (_missing, [EXPERTS, "missing from the checkpoint", EXPERT_WEIGHT]),
         (_extra, ["model.safetensors", f"{EXPERTS}.4.gate_proj.weight", "has 4"]),
         (_misshapen, ["model.safetensors", EXPERT_WEIGHT, "[23, 32]", "[24, 32]"]),
         (_fp8, ["model.safetensors", EXPERT_WEIGHT, "float8_e4m3fn", "already quantized"]),
@@ -147,7 +148,8 @@ def test_a_missing_linear(qwen: Path) -> None:
 
     rewrite(qwen, damage)
     with pytest.raises(
-        CheckpointError, match=r"first: model\.layers\.1\.self_attn\.k_proj\.weight"
+        CheckpointError,
+        match=r"missing from the checkpoint: model\.layers\.1\.self_attn\.k_proj\.weight",
     ):
         load(qwen, scheme=FP8)
 
@@ -279,3 +281,36 @@ def test_experts_stored_the_other_way_around(save: Callable[[Architecture], Path
     rewrite(folder, turn)
     found = codes()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def _attention_as_codes(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def _norm_of_another_size(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (_attention_as_codes, "model.layers.0.self_attn.q_proj.weight"),
+        (_norm_of_another_size, "model.norm.weight"),
+    ],
+)
+def test_what_stays_unquantized_is_looked_at_too(
+    change: Callable[[dict[str, Tensor]], None], name: str, qwen: Path, nothing_allocated: None
+) -> None:
+    rewrite(qwen, change)
+    with pytest.raises(CheckpointError, match=name):
+        load(qwen)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 99])
+def test_more_experts_per_token_than_there_are(
+    top_k: int, qwen: Path, nothing_allocated: None
+) -> None:
+    amend(qwen, {"num_experts_per_tok": top_k})
+    with pytest.raises(CheckpointError, match="num_experts_per_tok"):
+        load(qwen)

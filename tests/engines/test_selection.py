@@ -122,7 +122,7 @@ def test_experts_out_of_reach_are_an_error(
 ) -> None:
     with pytest.raises(ModelError, match=architecture.experts[0]) as caught:
         load(save(architecture), architecture, scheme)
-    assert f"ignore=['{architecture.experts[0]}']" in caught.value.hint
+    assert f"add '{architecture.experts[0]}' to ignore" in caught.value.hint
 
 
 @UNREACHABLE
@@ -165,7 +165,7 @@ def test_targets_elsewhere_do_not_ask_for_experts(save: Callable[[Architecture],
 def test_a_dense_model_is_an_error(scheme: str, save: Callable[[Architecture], Path]) -> None:
     with pytest.raises(ModelError, match="LlamaForCausalLM has no experts") as caught:
         load(save(LLAMA), LLAMA, scheme)
-    assert 'moe="none"' in caught.value.hint
+    assert 'set moe to "none"' in caught.value.hint
 
 
 def test_the_linears_of_a_dense_model(save: Callable[[Architecture], Path]) -> None:
@@ -216,13 +216,19 @@ def test_a_pattern_that_matches_nothing(argument: str, qwen: Path) -> None:
     assert EXPERTS in caught.value.hint
 
 
-@pytest.mark.parametrize("pattern", ["*", "re:.*", "*lm_head", "re:lm_head|.*gate"])
+@pytest.mark.parametrize("pattern", ["*", "re:.*", "re:lm_head|.*gate"])
 def test_a_pattern_does_not_name_the_router_and_the_head(pattern: str, qwen: Path) -> None:
     model = load(qwen, targets={pattern: FP8, "re:.*experts": INT8})
     kept = report_of(model).kept
     assert kept["lm_head"] == "output embeddings"
     assert kept["model.layers.0.mlp.shared_expert_gate"] == "router"
     assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("pattern", ["*lm_head", "*norm*"])
+def test_a_target_that_can_quantize_nothing_is_refused(pattern: str, qwen: Path) -> None:
+    with pytest.raises(PatternError, match="no layer that can be quantized"):
+        load(qwen, targets={pattern: FP8, "re:.*experts": INT8})
 
 
 def test_the_head_and_the_router_named_exactly(qwen: Path) -> None:

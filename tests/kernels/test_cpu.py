@@ -370,3 +370,14 @@ def test_fp8_is_more_exact_than_the_scheme() -> None:
         near = reference.fused_experts(x, ids, topk_weights, w, "silu")
         error = (out - near).norm() / near.norm()
         assert 0.005 < error < 0.08
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_a_single_column(rows: int) -> None:
+    """`torch._int_mm` writes nothing at all for K = 1 (PyTorch 2.13)."""
+    scheme = OnlineQuantScheme.INT8_PER_CHANNEL
+    x = torch.randn(rows, 1)
+    codes = torch.randint(-127, 128, (5, 1), dtype=torch.int8)
+    scale = torch.rand(5) + 0.1
+    expected = reference.linear(x, codes, scale, None, scheme)
+    torch.testing.assert_close(cpu.linear(x, codes, scale, None, scheme), expected)

@@ -116,7 +116,8 @@ def test_process_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_saved_quantized_needs_no_arrival() -> None:
     method, layer = created(ROWS)
-    method.mark_loaded(layer)
+    layer.weight_scale = nn.Parameter(torch.ones(layer.weight_scale.shape), requires_grad=False)
+    method.mark_loaded(layer, "q_proj")
     method.process_weights_after_loading(layer)
     assert method.choice is not None
 
@@ -184,3 +185,13 @@ def test_a_single_row_needs_no_batch(scheme: OnlineQuantScheme, backend: str) ->
     method, layer = ready(scheme, backend, random(N, K))
     x = random(K, seed=1)
     assert torch.equal(method.apply(layer, x), method.apply(layer, x[None])[0])
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_that_no_quantizer_makes_is_refused(value: float) -> None:
+    method, layer = created(ROWS)
+    scale = torch.ones(layer.weight_scale.shape)
+    scale[-1] = value
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight_scale"):
+        method.mark_loaded(layer, "q_proj")

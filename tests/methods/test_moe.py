@@ -301,7 +301,7 @@ def test_what_was_saved_quantized_needs_no_arrivals() -> None:
     misplaced = torch.empty(fresh.w2_codes.numel() + 1, dtype=torch.int8)[1:]
     fresh.w2_codes.data = misplaced.view(fresh.w2_codes.shape).copy_(layer.w2_codes)
     assert fresh.w2_codes.data_ptr() % 64 != 0
-    method.mark_loaded(fresh)
+    method.mark_loaded(fresh, "experts")
     assert fresh.w2_codes.data_ptr() % 64 == 0  # vector loads are slow elsewhere, or refused
     method.process_weights_after_loading(fresh, activation="silu")
     assert method.choice is not None

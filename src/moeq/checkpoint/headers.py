@@ -101,6 +101,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: no config.json", hint="a model folder holds config.json and *.safetensors"
         )
+    if (folder / SINGLE_NAME).is_file():  # where both are, transformers takes this one
+        return [folder / SINGLE_NAME]
     index = folder / INDEX_NAME
     if index.exists():
         shards = sorted(set(_weight_map(index).values()))
@@ -112,8 +114,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
                     hint="download the checkpoint again; the first one was interrupted",
                 )
         return [folder / shard for shard in shards]
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if found:
         raise CheckpointError(f"{folder}: shards ({found[0]}, ...) without {INDEX_NAME}")

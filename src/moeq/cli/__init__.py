@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 import click
 
@@ -33,9 +35,11 @@ for _command in (demo, generate, backends):
 
 def main() -> None:
     """Entry point of `moeq`. The only place that exits."""
+    warnings.showwarning = _warn
     try:
         cli(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except MoeqError as error:
         _fail(error.message, error.hint, error.exit_code)
     except click.ClickException as error:
@@ -48,6 +52,10 @@ def main() -> None:
         # Whoever read our output has gone; keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    click.echo(f"warning: {_printable(str(message))}", err=True)
 
 
 def _fail(message: str, hint: str, code: int) -> None:

@@ -30,13 +30,14 @@ def backends(device: str, as_json: bool) -> None:
         table.add_row(scheme, *(cells.get(kind, "not covered") for kind in ("moe", "linear")))
     console.print(table)
     for number, remark in enumerate(remarks, 1):
-        console.print(f"{number}  {remark}", highlight=False)
+        console.print(f"{number}  {remark}", highlight=False, soft_wrap=True)
 
 
 def _cell(row: dict[str, Any], remarks: list[str]) -> str:
-    """The winner, with the numbers of the remarks that explain it and the rejections."""
+    """The winner and what it does differently, or why there is none, by number of the remark."""
     mine = [row["note"]] if row["note"] else []
-    mine += [f"not {name}: {reason}" for name, reason in row["rejected"].items()]
+    if not row["backend"]:
+        mine += [f"{name}: {reason}" for name, reason in row["rejected"].items()]
     remarks += [remark for remark in mine if remark not in remarks]
     numbers = ", ".join(str(remarks.index(remark) + 1) for remark in mine)
     return f"{row['backend'] or 'nothing'} ({numbers})" if numbers else str(row["backend"])

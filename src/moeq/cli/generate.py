@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  moeq generate Qwen/Qwen3-30B-A3B --quantization int8_per_channel_weight_only --prompt "Once"
-  moeq generate ./model --quantization fp8_per_channel --linear none --json --prompt "def f("
+  moeq generate Qwen/Qwen3-30B-A3B -q int8_per_channel_weight_only --prompt Once
+  moeq generate ./model -q fp8_per_channel --linear none --json --prompt Once
   moeq generate ./model --targets "re:.*experts=fp8_per_block" < prompt.txt
+\b
+Schemes:
+  int8_per_channel_weight_only, int8_per_channel,
+  fp8_per_channel, fp8_per_tensor, fp8_per_block
 """
 
 
@@ -51,11 +55,13 @@ def generate(
     """
     config = quantization_config(quantization, moe, linear, ignore, targets)
     if prompt is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError("no prompt: pass --prompt, or pipe text in")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
     if not prompt:
         raise click.UsageError("the prompt is empty")
+    if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise click.UsageError("the prompt is not UTF-8 text")
     result = _generate(model, config, prompt, max_new_tokens, device, stream=not as_json)
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -76,7 +82,7 @@ def quantization_config(
     for target in targets:
         pattern, sign, scheme = target.rpartition("=")
         if not sign or not pattern:
-            raise ConfigError(f"target {target!r}", hint="expected PATTERN=SCHEME")
+            raise ConfigError(f"target {target!r} has no =SCHEME", hint="expected PATTERN=SCHEME")
         pairs[pattern] = scheme
     if not (quantization or moe or linear or pairs):
         if ignore:
@@ -107,25 +113,30 @@ def _generate(
         quantization_of,
         report_of,
     )
+    from moeq.errors import CheckpointError
 
     quiet_transformers()
     folder = resolve_model(model_name)
     check_folder(folder)
     tokenizer = load_tokenizer(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise CheckpointError(f"{folder}: its tokenizer makes no tokens of the prompt")
     with bytes_bar(f"loading {Path(model_name).name}") as progress:
         model = load(folder, config, device=device, progress=progress)
     report = report_of(model)
     for line in report.lines():
         click.echo(line, err=True)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = inputs["input_ids"].shape[1]
     if limit is not None and length + max_new_tokens > limit:
         click.echo(f"note: {length + max_new_tokens} tokens, the model knows {limit}", err=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True) if stream else None
+    streamer = (
+        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    )
     started = time.perf_counter()
     output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
     )
     seconds = time.perf_counter() - started
     new = output[0, length:]

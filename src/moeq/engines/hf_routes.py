@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moeq.checkpoint.headers import TensorSpec
 from moeq.engines.hf_structure import Target
 from moeq.errors import CheckpointError, ModelError
-from moeq.plan import LayerPlan, Part, Source, check_sources
+from moeq.plan import WEIGHT_DTYPES, LayerPlan, Part, Source, check_sources
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def find_routes(
     converters = {}
     by_parameter: dict[str, list[_Route]] = {}
     fed: set[str] = set()
+    state = model.state_dict()
     for route, converter in _routes(model, specs, conversions):
+        _check_kept(route, wanted, state)
         fed.update(_fed(route, converter))
         for parameter in _fed(route, converter):
             if parameter in wanted:
@@ -112,6 +115,37 @@ def find_routes(
     return Routes(tuple(plans), merged, claims, sources)
 
 
+_OURS = tuple(f"{w}_{p}" for w in ("w13", "w2", "weight") for p in ("codes", "scale"))
+
+
+def _check_kept(route: _Route, ours: Container[str], state: Mapping[str, Tensor]) -> None:
+    """What transformers will load itself is what the model expects, and not quantized: it would
+    take codes for numbers."""
+    spec = route.spec
+    if route.parameter in ours:
+        return
+    if route.parameter.rpartition(".")[2] in _OURS:
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r} was quantized by moeq, and the quantization config"
+            " does not cover it",
+            hint="config.json and checkpoint disagree; quantize the original again",
+        )
+    expected = state.get(route.parameter)
+    if expected is None or route.pattern is not None:
+        return
+    if expected.dtype.is_floating_point and spec.dtype not in (*WEIGHT_DTYPES, torch.float64):
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r} has dtype {spec.dtype}, expected a floating one",
+            hint="the checkpoint is already quantized; moeq starts from unquantized ones",
+        )
+    if spec.shape != tuple(expected.shape):
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r} has shape {list(spec.shape)}, expected"
+            f" {list(expected.shape)} for {route.parameter}",
+            hint="config.json and checkpoint disagree",
+        )
+
+
 def _check_rest(model: Any, fed: set[str]) -> None:
     """What we do not quantize is there too: transformers would fill it with random numbers."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -125,8 +159,8 @@ def _check_rest(model: Any, fed: set[str]) -> None:
     ]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of the model's tensors are missing from the checkpoint, the first:"
-            f" {missing[0]}",
+            f"missing from the checkpoint: {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             hint="the checkpoint is incomplete, or config.json asks for more than it holds",
         )
 
@@ -148,7 +182,18 @@ def saved_plans(
     Raises:
         CheckpointError: a missing or misshapen tensor, or a wrong dtype.
     """
-    found = {route.parameter: route.spec for route, _ in _routes(model, specs, conversions)}
+    targets = list(targets)
+    ours = {
+        f"{target.shape.name}.{name}"
+        for target in targets
+        for name in quantized_names(target.module)
+    }
+    found, fed, state = {}, set(), model.state_dict()
+    for route, converter in _routes(model, specs, conversions):
+        _check_kept(route, ours, state)
+        found[route.parameter] = route.spec
+        fed.update(_fed(route, converter))
+    _check_rest(model, fed | ours)
     plans = []
     for target in targets:
         sources = []
@@ -248,7 +293,7 @@ def _source(route: _Route, converter: Any, target: Target, name: str, parameter:
             f"{parameter}: transformers builds it from {route.spec.name!r} by"
             f" {[type(o).__name__ for o in converter.operations]}, which moeq cannot do while"
             " streaming",
-            hint=f"to leave the layer unquantized, pass ignore=[{target.shape.name!r}]",
+            hint=f"to leave the layer unquantized, add {target.shape.name!r} to ignore",
         )
     return Source(route.spec, part, expert, transposed, interleaved, is_bias)
 

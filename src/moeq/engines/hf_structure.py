@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeq.config import OnlineQuantizationConfig
-from moeq.errors import ModelError
+from moeq.config import OnlineQuantizationConfig, matches
+from moeq.errors import CheckpointError, ModelError, PatternError
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.plan import LayerShape
 from moeq.schemes import OnlineQuantScheme
@@ -77,6 +77,7 @@ def find_targets(
         protected |= {name: reason for name in linears if name.startswith(f"{outer}.")}
 
     for name, module in experts.items():
+        _check_top_k(name, module)
         scheme = config.scheme_for(name, "moe")
         if scheme is None:
             kept[name] = _why(config, name, "moe")
@@ -98,7 +99,23 @@ def find_targets(
         else:
             shape = LayerShape(name, "linear", 1, linear.in_features, linear.out_features)
             targets.append(Target(linear, shape, scheme, "weight"))
+    for pattern in config.targets:
+        if not any(matches(pattern, target.shape.name) for target in targets):
+            raise PatternError(
+                f"target {pattern!r} matches no layer that can be quantized",
+                hint="experts and nn.Linear layers can; routers and heads by their exact name",
+            )
     return targets, kept
+
+
+def _check_top_k(name: str, module: Any) -> None:
+    """That every token can find as many experts as the config promises it."""
+    top_k = getattr(module.config, "num_experts_per_tok", None)
+    shape, _ = experts_shape(name, module)
+    if isinstance(top_k, int) and not 1 <= top_k <= shape.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok is {top_k}, {name} has {shape.num_experts} experts"
+        )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -209,12 +226,12 @@ def _refuse_foreign_experts(
             raise ModelError(
                 f"{name} ({type(module).__name__}) holds experts in a layout that moeq does"
                 " not quantize",
-                hint=f"to leave them unquantized on purpose, pass ignore=[{name!r}]",
+                hint=f"to leave them unquantized on purpose, add {name!r} to ignore",
             )
     if config.moe is not None and not experts and not foreign:
         raise ModelError(
             f"{type(model).__name__} has no experts that moeq knows",
-            hint='moeq is for Mixture-of-Experts models; for its linears alone pass moe="none"',
+            hint='moeq is for Mixture-of-Experts models; for its linears alone set moe to "none"',
         )
 
 
@@ -308,7 +325,7 @@ def _fp32_patterns(model: Any) -> set[str]:
 def _why(config: OnlineQuantizationConfig, name: str, kind: str) -> str:
     if config.is_ignored(name):
         return "ignored by pattern"
-    return "no target matches" if config.targets else f"the scheme leaves {kind} layers alone"
+    return "no target matches" if config.targets else f"{kind} not covered"
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ from moeq.engines.transformers import (
 from moeq.errors import CheckpointError, ConfigError, ModelError
 from moeq.report import LoadReport
 from moeq.schemes import OnlineQuantScheme
+
+_LOCK = threading.Lock()
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+)
 
 
 def load(
@@ -69,13 +82,16 @@ def load(
             config = OnlineQuantizationConfig.from_json(quantization)
     elif not saved:
         known = ", ".join(scheme.value for scheme in OnlineQuantScheme)
-        raise ConfigError(f"{folder} is not quantized and no scheme is named", hint=known)
+        raise ConfigError(
+            f"{folder} is not quantized and no scheme is named", hint=f"name one of: {known}"
+        )
     try:
         torch.device(device)
     except RuntimeError:
         raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
     register_with_transformers()
-    with reporting_to(progress):
+    # Two loads at once give wrong models: transformers changes global state while it builds one
+    with _LOCK, reporting_to(progress):
         return _model_class(entries).from_pretrained(
             folder, quantization_config=config, device_map=device, **kwargs
         )
@@ -147,9 +163,15 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
+    # Without any of these transformers returns a tokenizer that knows no words
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder}: no tokenizer",
+            hint="copy the original model's: tokenizer.save_pretrained(folder)",
+        )
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder}: no usable tokenizer ({type(error).__name__})",
             hint="the folder needs tokenizer.json and tokenizer_config.json",

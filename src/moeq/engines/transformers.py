@@ -185,7 +185,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 for source in self._routes.sources[parameter]:
                     if isinstance(method, OnlineLinearMethod):
                         weight = self._reader.read(source.spec)
-                        method.load(module, weight, source.spec.name, self._device)
+                        method.load(module, weight, _where(source), self._device)
                     else:
                         method.materialize(module, self._device)
                         self._load_source(method, module, target, source)
@@ -197,7 +197,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for target in self._targets:
             if self.pre_quantized:
-                self._methods[target.shape.name].mark_loaded(target.module)
+                self._methods[target.shape.name].mark_loaded(target.module, target.shape.name)
             else:
                 self._finish_structure(target)
             self._choose_kernel(target)
@@ -217,6 +217,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             peak=self._memory.peak_bytes,
             seconds=time.perf_counter() - self._started,
             kernels=self._kernels(),
+            notes=self._notes(),
         )
         for line in self.report.lines():
             logger.info(line)
@@ -270,7 +271,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 tensor = tensor.T.contiguous()
             load = method.load_bias if source.is_bias else method.load_expert
             for part, piece in _pieces(source, tensor):
-                name = source.spec.name
+                name = _where(source)
                 if index is not None:  # what is said about a piece counts from its first row
                     name = f"{name}, {part} of expert {expert}"
                 load(module, expert, part, piece, name)
@@ -302,10 +303,12 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for target in self._targets:
             choice = self._methods[target.shape.name].choice
             assert choice is not None
-            note = f" ({choice.note})" if choice.note else ""
-            kind = f"{target.shape.kind} {target.scheme.value}"
-            kernels[kind] = f"{choice.backend.name}{note}"
+            kernels[f"{target.shape.kind} {target.scheme.value}"] = choice.backend.name
         return kernels
+
+    def _notes(self) -> tuple[str, ...]:
+        choices = [method.choice for method in self._methods.values()]
+        return tuple(dict.fromkeys(choice.note for choice in choices if choice and choice.note))
 
 
 @contextlib.contextmanager
@@ -328,6 +331,11 @@ def _pieces(source: Source, tensor: Tensor) -> list[tuple[Any, Tensor]]:
         return [("gate", tensor[0::2]), ("up", tensor[1::2])]
     gate, up = tensor.chunk(2)
     return [("gate", gate), ("up", up)]
+
+
+def _where(source: Source) -> str:
+    """File and tensor, for messages."""
+    return f"{source.spec.file.name}: {source.spec.name}"
 
 
 def _load_plan(

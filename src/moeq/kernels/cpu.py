@@ -240,7 +240,7 @@ def _prepare(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, Tensor | Non
     # under any scale, and x / scale never rounds past 127.
     scale = x.abs().amax(-1, keepdim=True).float().div_(127.0).clamp_(min=SCALE_MIN)
     codes = (x.float() / scale).round_()
-    if _int_mm_is_exact():
+    if x.shape[1] > 1 and _int_mm_is_exact():  # for one column it writes nothing at all
         return codes.to(torch.int8), scale
     return (codes.bfloat16() if x.dtype == torch.bfloat16 else codes), scale  # exact in both
 

@@ -212,8 +212,14 @@ class OnlineMoEMethodBase:
         request = KernelRequest("moe", self.scheme, device, self._dtype, activation)
         return select_backend(request, self.backend)
 
-    def mark_loaded(self, layer: nn.Module) -> None:
-        """Everything arrived already quantized: a checkpoint that moeq saved."""
+    def mark_loaded(self, layer: nn.Module, name: str) -> None:
+        """Everything arrived already quantized, in a checkpoint that moeq saved.
+
+        Raises:
+            CheckpointError: scales of the layer called `name` that no quantizer makes.
+        """
+        for scale in ("w13_scale", "w2_scale"):
+            check_scale(parameter(layer, scale), f"{name}.{scale}")
         self._waiting.clear()
         for name in ("w13_codes", "w2_codes"):
             align(parameter(layer, name))
@@ -346,6 +352,15 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
     found = layer._parameters[name]
     assert found is not None, name
     return found
+
+
+def check_scale(scale: Tensor, name: str) -> None:
+    """Scales are positive and finite; others are damage, and would be wrong numbers later."""
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        raise CheckpointError(
+            f"{name}: holds zeros, negative or non-finite numbers",
+            hint="the saved checkpoint is damaged; quantize the original again",
+        )
 
 
 def align(codes: Tensor) -> None:

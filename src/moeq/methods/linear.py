@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
-from moeq.methods.base import align, check_weight_dtype, parameter, register_meta
+from moeq.methods.base import align, check_scale, check_weight_dtype, parameter, register_meta
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import amax, check_finite, dequantize, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
@@ -66,8 +66,13 @@ class OnlineLinearMethod:
         request = KernelRequest("linear", self.scheme, device, self._dtype)
         return select_backend(request, self.backend)
 
-    def mark_loaded(self, layer: nn.Module) -> None:
-        """The weight arrived already quantized: a checkpoint that moeq saved."""
+    def mark_loaded(self, layer: nn.Module, name: str) -> None:
+        """The weight arrived already quantized, in a checkpoint that moeq saved.
+
+        Raises:
+            CheckpointError: scales of the layer called `name` that no quantizer makes.
+        """
+        check_scale(parameter(layer, "weight_scale"), f"{name}.weight_scale")
         self._loaded = True
         align(parameter(layer, "weight_codes"))
 
