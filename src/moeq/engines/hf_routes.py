@@ -126,9 +126,9 @@ def _check_kept(route: _Route, ours: Container[str], state: Mapping[str, Tensor]
         return
     if route.parameter.rpartition(".")[2] in _OURS:
         raise CheckpointError(
-            f"{spec.file.name}: {spec.name!r} was quantized by moeq, and the quantization config"
-            " does not cover it",
-            hint="config.json and checkpoint disagree; quantize the original again",
+            f"{spec.file.name}: {spec.name!r} belongs to a quantized weight that the quantization"
+            " config does not cover",
+            hint="start from the unquantized checkpoint; one that moeq saved needs its own config",
         )
     expected = state.get(route.parameter)
     if expected is None or route.pattern is not None:
