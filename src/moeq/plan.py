@@ -11,17 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from moeq.checkpoint.headers import TensorSpec
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
+from moeq.quantize import WEIGHT_DTYPES
 from moeq.schemes import LayerKind, OnlineQuantScheme
 
 Part = Literal["gate", "up", "gate_up", "down"]
-
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What can be quantized."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Largest code. int8 is symmetric: -128 is never used."""
 
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What can be quantized."""
+
 SCALE_MIN = torch.finfo(torch.float32).tiny
 """2^-126, the smallest normal fp32: below it a quotient loses bits or overflows."""
 

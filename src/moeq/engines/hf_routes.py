@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from moeq.checkpoint.headers import TensorSpec
 from moeq.engines.hf_structure import Target
 from moeq.errors import CheckpointError, ModelError
-from moeq.plan import WEIGHT_DTYPES, LayerPlan, Part, Source, check_sources
+from moeq.plan import LayerPlan, Part, Source, check_sources
+from moeq.quantize import WEIGHT_DTYPES
 
 
 @dataclass(frozen=True)

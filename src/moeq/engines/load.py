@@ -151,10 +151,7 @@ def quantization_of(model: nn.Module) -> OnlineQuantizationConfig:
     Raises:
         ModelError: moeq did not quantize it.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, MoeqHfQuantizer):
-        raise ModelError("the model was not quantized by moeq while it loaded")
-    return quantizer.quantization_config
+    return _quantizer_of(model).quantization_config
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -184,8 +181,13 @@ def report_of(model: nn.Module) -> LoadReport:
     Raises:
         ModelError: moeq did not quantize it while loading.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    report = quantizer.report if isinstance(quantizer, MoeqHfQuantizer) else None
-    if report is None:
-        raise ModelError("the model was not quantized by moeq while it loaded")
+    report = _quantizer_of(model).report
+    assert report is not None, "kept by every load that ends well"
     return report
+
+
+def _quantizer_of(model: nn.Module) -> MoeqHfQuantizer:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, MoeqHfQuantizer):
+        raise ModelError("the model was not quantized by moeq while it loaded")
+    return quantizer

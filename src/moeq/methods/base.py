@@ -29,7 +29,7 @@ from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.oracle import Choice, KernelRequest, select_backend
-from moeq.quantize import amax, check_finite, quantize, scale_from_amax
+from moeq.quantize import WEIGHT_DTYPES, amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
 
 _ALIGNMENT = 64
@@ -221,8 +221,8 @@ class OnlineMoEMethodBase:
         for scale in ("w13_scale", "w2_scale"):
             check_scale(parameter(layer, scale), f"{name}.{scale}")
         self._waiting.clear()
-        for name in ("w13_codes", "w2_codes"):
-            align(parameter(layer, name))
+        for codes in ("w13_codes", "w2_codes"):
+            align(parameter(layer, codes))
 
     def weights(self, layer: nn.Module) -> ExpertWeights:
         """The layer's quantized weights, as kernels take them."""
@@ -370,7 +370,7 @@ def align(codes: Tensor) -> None:
 
 
 def check_weight_dtype(weight: Tensor, name: str) -> None:
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if weight.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
             f"{name}: dtype {weight.dtype}, expected bfloat16, float16 or float32",
             hint="moeq quantizes unquantized checkpoints",
