@@ -1,0 +1,281 @@
+"""Times candidate tilings of the Triton kernels on this GPU, checks their results, keeps the best.
+
+    python benchmarks/tune.py --out results.json [--schemes ...] [--tokens ...]
+
+Each product (up with its activation, down) is timed alone, with routing done, over rotated routings
+in a CUDA graph. Every candidate is compared with a product of dequantized weights in fp32; one that
+is wrong is reported and never kept. Compiling is spread over processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+
+import torch
+
+from moeq.experts import ExpertWeights, scale_shape
+from moeq.kernels.triton import layer
+from moeq.kernels.triton.layer import Gemm
+from moeq.kernels.triton.routing import route
+from moeq.schemes import Granularity, OnlineQuantScheme
+
+SHAPES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336)}
+"""E, k, H, I."""
+
+ON = layer.Arithmetic(codes=True, fp8_bits=False, pdl=True)
+
+
+def gemms(
+    rows: list[tuple[int, ...]], groups=(1,), swaps=(False,), promotes=(False,)
+) -> list[Gemm]:
+    """rows: block_n, block_k, warps, stages and, optionally, registers."""
+    return [
+        Gemm(r[0], r[1], r[2], r[3], g, s, p, r[4] if len(r) > 4 else None)
+        for r, g, s, p in itertools.product(rows, groups, swaps, promotes)
+        if not s or r[0] >= 64
+    ]
+
+
+def candidates(family: str) -> dict[int, list[Gemm]]:
+    """Tilings to try, by rows of a tile."""
+    if family == "decode":
+        return {
+            16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 4)]),
+            32: gemms([(128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 3)]),
+            64: gemms([(128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3)], groups=(4, 16)),
+            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3, 128), (128, 32, 4, 4), (256, 64, 8, 3), (256, 32, 8, 4)], groups=(16, 32)),
+        }  # fmt: skip
+    if family == "block":
+        return {
+            16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)], swaps=(False, True)),
+            32: gemms([(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4)], swaps=(False, True)),
+            64: gemms([(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 3)], groups=(4, 16)),
+            128: gemms([(128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 8, 3, 128), (64, 128, 8, 4)], groups=(16, 32)),
+            256: gemms([(64, 128, 8, 3)], groups=(16,)),
+        }  # fmt: skip
+    promotes = (True,) if family == "fp8" else (False,)
+    return {
+        16: gemms([(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 256, 4, 3)], swaps=(False, True), promotes=promotes),
+        32: gemms([(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3)], swaps=(False, True), promotes=promotes),
+        64: gemms([(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3), (256, 128, 8, 3)], groups=(4, 16), promotes=promotes),
+        128: gemms([(128, 128, 4, 3), (128, 128, 8, 4), (256, 128, 8, 3), (256, 128, 8, 4)], groups=(16, 32)),
+    }  # fmt: skip
+
+
+FAMILIES = {
+    "decode": OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY,
+    "fp8": OnlineQuantScheme.FP8_PER_CHANNEL,
+    "int8": OnlineQuantScheme.INT8_PER_CHANNEL,
+    "block": OnlineQuantScheme.FP8_PER_BLOCK,
+}
+
+
+def random_weights(scheme: OnlineQuantScheme, e: int, h: int, i: int) -> ExpertWeights:
+    """Codes as they come out of quantizing normal weights, made without the weights."""
+
+    def codes(*shape: int) -> torch.Tensor:
+        out = torch.empty(shape, dtype=scheme.weight_dtype, device="cuda")
+        for part in out:
+            w = torch.randn(part.shape, device="cuda")
+            if scheme.weight_dtype == torch.int8:
+                part.copy_((w * 32).round_().clamp_(-127, 127))
+            else:
+                part.copy_((w * 100).clamp_(-448, 448))
+        return out
+
+    def scale(shape: tuple[int, ...], parts: int) -> torch.Tensor:
+        grid = scale_shape(scheme.granularity, shape, parts)
+        return (torch.rand(grid, device="cuda") + 0.5) * 6e-4
+
+    s13, s2 = (e, 2 * i, h), (e, h, i)
+    return ExpertWeights(scheme, codes(*s13), scale(s13, 2), codes(*s2), scale(s2, 1))
+
+
+def routings(t: int, e: int, k: int, n: int) -> list[torch.Tensor]:
+    return [torch.rand(t, e, device="cuda").topk(k, -1).indices for _ in range(n)]
+
+
+def graph_us(calls, reps: int = 5) -> float:
+    """Microseconds of one call, median over replays of a graph that holds all of them."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(reps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def compile_one(job: tuple[str, int, Gemm]) -> str:
+    family, block_m, config = job
+    torch.cuda.set_device(0)
+    weights = random_weights(FAMILIES[family], 2, 512, 512)
+    try:
+        run_both(weights, block_m, config, 16)
+    except Exception as error:  # noqa: BLE001: a candidate that does not fit is only reported
+        return f"{job}: {str(error)[:120]}"
+    return ""
+
+
+def run_both(weights: ExpertWeights, block_m: int, config: Gemm, t: int) -> None:
+    ids = routings(t, weights.num_experts, 2, 1)[0]
+    routing = route(ids, weights.num_experts, block_m)
+    for call in products(weights, ids, routing, block_m, t, 2):
+        call(config)
+    torch.cuda.synchronize()
+
+
+def products(weights, ids, routing, block_m, t, k):
+    """(up, down): functions of a config, which write into buffers of their own."""
+    w13, w2 = layer.projections(weights)
+    x = torch.randn(t, w13.k, dtype=torch.bfloat16, device="cuda")
+    h = torch.randn(t * k, w2.k, dtype=torch.bfloat16, device="cuda")
+    mid, y = torch.empty_like(h), x.new_empty(t * k, w13.k)
+    a, a_scale = layer._quantize(x, w13, ON, pdl=False)
+    b, b_scale = layer._quantize(h, w2, ON, pdl=False)
+
+    def up(config: Gemm) -> torch.Tensor:
+        layer.run_gemm(a, a_scale, routing, w13, mid, "silu", k, block_m, config, ON,
+                       x_rows="token", out_rows="sorted")  # fmt: skip
+        return mid
+
+    def down(config: Gemm) -> torch.Tensor:
+        layer.run_gemm(b, b_scale, routing, w2, y, "", k, block_m, config, ON,
+                       x_rows="sorted", out_rows="pair")  # fmt: skip
+        return y
+
+    up.inputs, down.inputs = (a, a_scale, w13), (b, b_scale, w2)
+    return up, down
+
+
+def error_of(call, config: Gemm, routing, k: int, is_up: bool) -> float:
+    """Relative error over the rows of two experts."""
+    rows, scale, w = call.inputs
+    out = call(config)
+    out.fill_(float("nan"))
+    call(config)
+    offsets = routing.offsets.tolist()
+    counts = [b - a for a, b in itertools.pairwise(offsets)]
+    worst = 0.0
+    for e in sorted(range(len(counts)), key=lambda e: -counts[e])[:2]:
+        pairs = routing.pairs[offsets[e] : offsets[e + 1]].long()
+        source = pairs // k if is_up else torch.arange(offsets[e], offsets[e + 1], device="cuda")
+        a = rows[source].float()
+        weight = w.codes[e].float()
+        if w.scheme.granularity is Granularity.BLOCK:
+            a *= scale[source].repeat_interleave(128, 1)[:, : a.shape[1]]
+            grids = w.scale[e].view(w.parts, -1, w.scale.shape[-1])
+            grid = grids.repeat_interleave(128, 1)[:, : w.n].reshape(-1, grids.shape[-1])
+            weight *= grid.repeat_interleave(128, 1)[:, : w.k]
+        else:
+            weight *= w.scale[e][:, None]
+            if scale is not None:
+                a *= scale[source]
+        want = a @ weight.T
+        if is_up:
+            gate, up = want.chunk(2, -1)
+            want = torch.nn.functional.silu(gate) * up
+        got = out[offsets[e] : offsets[e + 1]] if is_up else out[pairs]
+        worst = max(worst, ((got.float() - want).norm() / want.norm()).item())
+        if worst != worst:
+            return float("inf")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="tune.json")
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--tokens", nargs="*", type=int, default=[8, 32, 128, 512, 2048, 8192])
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--seconds", type=float, default=420, help="stop measuring after")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    started = time.perf_counter()
+    jobs = [(f, bm, c) for f in args.families for bm, cs in candidates(f).items() for c in cs]
+    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        for line in pool.imap_unordered(compile_one, jobs):
+            if line:
+                print("does not run:", line, flush=True)
+    print(f"{len(jobs)} candidates compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    results = []
+    for name, family in itertools.product(args.shapes, args.families):
+        e, k, h, i = SHAPES[name]
+        weights = random_weights(FAMILIES[family], e, h, i)
+        for t in args.tokens:
+            mean = t * k / e
+            n = 6 if t <= 128 else 2
+            ids = routings(t, e, k, n)
+            best: dict[tuple[int, bool], tuple[float, Gemm]] = {}
+            for block_m, configs in candidates(family).items():
+                if mean > 8 * block_m and block_m < 128 or mean < block_m / 4 and block_m > 16 or (block_m == 16 and mean > 40):
+                    continue
+                made = [route(x, e, block_m) for x in ids]
+                calls = [products(weights, x, r, block_m, t, k) for x, r in zip(ids, made)]
+                for is_up, config in itertools.product((True, False), configs):
+                    if time.perf_counter() - started > args.seconds:
+                        break
+                    mine = [c[0 if is_up else 1] for c in calls]
+                    try:
+                        error = error_of(mine[0], config, made[0], k, is_up)
+                        us = graph_us([lambda c=c: c(config) for c in mine])
+                    except Exception as problem:  # noqa: BLE001: see compile_one
+                        if "memory" not in str(problem) and "resource" not in str(problem):
+                            print("failed:", name, family, t, block_m, config, str(problem)[:100])
+                        continue
+                    results.append(
+                        dict(shape=name, family=family, tokens=t, block_m=block_m, up=is_up, us=us,
+                             error=error, **dataclasses.asdict(config))
+                    )  # fmt: skip
+                    if error > 0.02:
+                        print(f"WRONG {error:.3f}:", name, family, t, block_m, is_up, config)
+                        continue
+                    key = (block_m, is_up)
+                    if key not in best or us < best[key][0]:
+                        best[key] = (us, config)
+                del calls
+            byts = sum(len(x.unique()) for x in ids) / n * 3 * h * i
+            flops = 2 * t * k * 3 * h * i
+            for bm in sorted({b for b, _ in best}):
+                (u, cu), (d, cd) = best[bm, True], best[bm, False]
+                print(
+                    f"{name:8}{family:7} M={t:<6} bm={bm:<4} up {u:8.1f} down {d:8.1f} both"
+                    f" {u + d:8.1f} us {byts / (u + d) / 1e6:5.2f} TB/s {flops / (u + d) / 1e6:6.0f} TF"
+                    f" | {short(cu)} | {short(cd)}",
+                    flush=True,
+                )
+        del weights
+        torch.cuda.empty_cache()
+        with open(args.out, "w") as file:
+            json.dump(results, file)
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+def short(c: Gemm) -> str:
+    flags = (
+        ("S" if c.swap else "")
+        + ("P" if c.promote else "")
+        + (f"r{c.registers}" if c.registers else "")
+    )
+    return f"{c.block_n}x{c.block_k} w{c.warps} s{c.stages} g{c.group_m} {flags}"
+
+
+if __name__ == "__main__":
+    main()

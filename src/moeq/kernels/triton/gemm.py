@@ -1,0 +1,239 @@
+"""One grouped GEMM for every scheme: tiles of (rows of one expert) x (rows of its weight).
+
+    out[r] = epilogue(x[row(r)] @ w[expert(r)].T * x_scale * w_scale + bias)
+
+`moeq.kernels.triton.routing` sorts the (token, expert) pairs by expert and cuts each expert's rows
+into tiles of BLOCK_M; a program takes one such tile and BLOCK_N rows of the weight. With a gate,
+the rows of a weight tile alternate between gate and up, so that a thread of the accumulator holds
+both values of a column and the activation runs in registers.
+
+How codes meet rows (`MATH`):
+
+    "codes"    both are int8, or both fp8: tensor cores multiply them as they are. int8 accumulates
+               in int32, exactly. fp8 accumulates with about 14 bits inside the tensor core; PROMOTE
+               adds every BLOCK_K products to an fp32 accumulator instead.
+    "decode"   codes become the dtype of the rows (exactly: int8 and e4m3 fit into bf16 and fp16)
+               and the scale is applied to the result.
+
+Scales of blocks are applied once per 128 columns, as one factor per row of the accumulator and
+projection. SWAP computes the transposed product, so that few rows fill the narrow side of the
+tensor core's tile; only for "codes", because decoded weights as left operand would be read from
+registers, which ptxas before 13.3 compiles wrongly for Hopper (triton issue 9433).
+
+Legend: R sorted rows, E experts, N rows of one projection, K columns; see `moeq.experts`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def decode_codes(codes, dtype: tl.constexpr, FP8_BITS: tl.constexpr):
+    """int8 or fp8 codes as fp16, bf16 or fp32, exactly. FP8_BITS: e4m3 as int8 bits, for GPUs that
+    have no such type: the bits move to where bf16 (fp16) has them, and a power of two corrects the
+    exponent's bias, subnormals included."""
+    if FP8_BITS:
+        wide = codes.to(tl.int16)
+        if dtype == tl.float16:
+            return ((wide << 7) & -16385).to(tl.float16, bitcast=True) * 256.0
+        value = ((wide << 4) & -30736).to(tl.bfloat16, bitcast=True).to(tl.float32)
+        return (value * 1.329227995784916e36).to(dtype)
+    return codes.to(dtype)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """The elementwise functions of `moeq.kernels.activations`, on fp32."""
+    if ACT == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x - x / (1.0 + tl.exp(2.0 * u))
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACT == "relu2":
+        r = tl.maximum(x, 0.0)
+        return r * r
+    else:
+        return x
+
+
+@triton.jit
+def grouped_gemm(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    out,
+    pairs,
+    offsets,
+    tile_expert,
+    tile_row,
+    N,
+    K,
+    TOP_K: tl.constexpr,
+    X_ROWS: tl.constexpr,
+    OUT_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    SCALES: tl.constexpr,
+    MATH: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x [*, K], w [E, PARTS * N, K] -> out [*, N].
+
+    X_ROWS, OUT_ROWS: which row of x and of out belongs to sorted row r: "sorted" r itself, "pair"
+    the pair (token, slot) that r is, "token" its token. ACT "" applies nothing; with PARTS == 2 and
+    ACT "" out is [*, 2 * N].
+    """
+    COLS: tl.constexpr = BLOCK_N // PARTS
+    num_n = tl.cdiv(N, COLS)
+    num_m = tl.num_programs(0) // num_n
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * num_n)
+    inside = pid % (GROUP_M * num_n)
+    height = min(num_m - group * GROUP_M, GROUP_M)
+    m = group * GROUP_M + inside % height
+    n = inside // height
+
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    expert = tl.load(tile_expert + m)
+    if expert < 0:
+        return
+    rows = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
+    stop = tl.load(offsets + expert + 1)
+    inner = tl.minimum(rows, stop - 1)
+    if X_ROWS == "sorted":
+        x_row = inner
+    elif X_ROWS == "pair":
+        x_row = tl.load(pairs + inner)
+    else:
+        x_row = tl.load(pairs + inner) // TOP_K
+
+    j = tl.arange(0, BLOCK_N)
+    col = tl.minimum(n * COLS + j // PARTS, N - 1)
+    part = j % PARTS
+    w_row = part * N + col
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
+    w_ptrs = w + expert.to(tl.int64) * (PARTS * N) * K + w_row[:, None] * K + k[None, :]
+
+    if SCALES == "block":
+        grid_n = tl.cdiv(N, BLOCK)
+        grid_k = tl.cdiv(K, BLOCK)
+        line = w_scale + (expert * (PARTS * grid_n) + n * COLS // BLOCK) * grid_k
+        x_line = x_scale + x_row * grid_k
+        # Factors are asked for one step ahead: they are too small for the asynchronous copies
+        # that bring codes, and waiting for them would stall every step.
+        factor = tl.load(line)
+        up_factor = tl.load(line + grid_n * grid_k) if PARTS == 2 else factor
+        if MATH == "codes":
+            x_factor = tl.load(x_line)
+        else:
+            x_factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+
+    INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            xk = tl.load(x_ptrs)
+            wk = tl.load(w_ptrs)
+        else:
+            xk = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
+            wk = tl.load(w_ptrs, mask=k[None, :] < K - k0, other=0.0)
+        if MATH == "decode":
+            wk = decode_codes(wk, x.dtype.element_ty, FP8_BITS)
+        if SCALES == "block":
+            after = tl.minimum(k0 // BLOCK + 1, grid_k - 1)
+            next_factor = tl.load(line + after)
+            next_up_factor = tl.load(line + grid_n * grid_k + after) if PARTS == 2 else next_factor
+            next_x_factor = tl.load(x_line + after) if MATH == "codes" else x_factor
+            if SWAP:
+                product = tl.dot(wk, tl.trans(xk))
+                if PARTS == 2:
+                    by_row = tl.where(part == 0, factor, up_factor)
+                    acc += product * (by_row[:, None] * x_factor[None, :])
+                else:
+                    acc += product * (factor * x_factor)[None, :]
+            else:
+                product = tl.dot(xk, tl.trans(wk))
+                if PARTS == 2:
+                    acc += product * tl.where(
+                        (part == 0)[None, :],
+                        (factor * x_factor)[:, None],
+                        (up_factor * x_factor)[:, None],
+                    )
+                else:
+                    acc += product * (factor * x_factor)[:, None]
+            factor, up_factor, x_factor = next_factor, next_up_factor, next_x_factor
+        elif INTEGER:
+            if SWAP:
+                acc = tl.dot(wk, tl.trans(xk), acc, out_dtype=tl.int32)
+            else:
+                acc = tl.dot(xk, tl.trans(wk), acc, out_dtype=tl.int32)
+        elif PROMOTE:
+            if SWAP:
+                acc += tl.dot(wk, tl.trans(xk))
+            else:
+                acc += tl.dot(xk, tl.trans(wk))
+        else:
+            if SWAP:
+                acc = tl.dot(wk, tl.trans(xk), acc)
+            else:
+                acc = tl.dot(xk, tl.trans(wk), acc)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+
+    result = acc.to(tl.float32)
+    if SWAP:
+        result = tl.trans(result)
+    if SCALES != "block":
+        if SCALES == "tensor":
+            by_col = tl.load(w_scale + expert + 0 * w_row)
+        else:
+            by_col = tl.load(w_scale + expert * (PARTS * N) + w_row)
+        if MATH == "codes":
+            result = result * tl.load(x_scale + x_row)[:, None]
+        result = result * by_col[None, :]
+    if HAS_BIAS:
+        result += tl.load(bias + expert * (PARTS * N) + w_row).to(tl.float32)[None, :]
+
+    if OUT_ROWS == "sorted":
+        out_row = inner
+    else:
+        out_row = tl.load(pairs + inner)
+    # Columns that are not clamped: the compiler has to see that they are contiguous.
+    out_col = n * COLS + tl.arange(0, COLS)
+    mask = (rows < stop)[:, None] & (out_col < N)[None, :]
+    width = N if ACT != "" else PARTS * N
+    target = out + out_row.to(tl.int64)[:, None] * width + out_col[None, :]
+    if PARTS == 2:
+        gate, up = tl.split(tl.reshape(result, (BLOCK_M, COLS, 2)))
+        if ACT != "":
+            tl.store(target, (activate(gate, ACT) * up).to(out.dtype.element_ty), mask=mask)
+        else:
+            tl.store(target, gate.to(out.dtype.element_ty), mask=mask)
+            tl.store(target + N, up.to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(target, activate(result, ACT).to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,214 @@
+"""A layer for one or a few tokens: two launches, no routing, no reduction afterwards.
+
+So few rows leave tensor cores nothing to do; what counts is bytes in flight and the time between
+launches. `up` gives each (pair, tile of rows) its own program, with the activation at its end.
+`down` gives a tile of rows to one program that reads all k experts of a token at once and adds
+their outputs in fp32, in the order of the slots.
+
+The weights of the next step are asked for before those of this one are used, and the first ones
+before the previous kernel has ended (PDL: programmatic dependent launch): they do not depend on it.
+
+Products are exact in fp32 (int32 for int8 x int8) and accumulated there, one partial sum for every
+column of a block, so nothing depends on the shape of a tile but the order of additions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moeq.kernels.triton.gemm import BLOCK, activate, decode_codes
+
+
+@triton.jit
+def _values(codes, FP8_BITS: tl.constexpr, INTEGER: tl.constexpr):
+    """Codes as fp32 or, for int8 x int8, as int32. An int8 becomes the low bits of 2^23 + 128 + code,
+    which takes half the instructions of a conversion."""
+    if INTEGER:
+        return codes.to(tl.int32)
+    if codes.dtype == tl.int8 and not FP8_BITS:
+        bits = codes.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080
+        return bits.to(tl.float32, bitcast=True) - 8388736.0
+    if FP8_BITS:
+        return decode_codes(codes, tl.bfloat16, FP8_BITS).to(tl.float32)
+    return codes.to(tl.float32)
+
+
+@triton.jit
+def up(
+    x,
+    x_scale,
+    ids,
+    w,
+    w_scale,
+    bias,
+    out,
+    E,
+    N,
+    K,
+    X_PER_PAIR: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    SCALES: tl.constexpr,
+    MATH: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x [T, K] or [P, K], w [E, PARTS * N, K] -> out [P, N], or [P, PARTS * N] where ACT is ""."""
+    pair = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    expert = tl.load(ids + pair).to(tl.int32)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    width = N if ACT != "" else PARTS * N
+    if (expert < 0) | (expert >= E):
+        for part in tl.static_range(PARTS if ACT == "" else 1):
+            zero = tl.zeros((ROWS,), tl.float32).to(out.dtype.element_ty)
+            tl.store(out + pair * width + part * N + n, zero, mask=n < N)
+        return
+    INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
+    x_row = pair if X_PER_PAIR else pair // TOP_K
+    row = tl.minimum(n, N - 1)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x + x_row.to(tl.int64) * K + k
+    w_ptrs = w + expert.to(tl.int64) * (PARTS * N) * K + row[:, None] * K + k[None, :]
+    acc = tl.zeros((ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
+    acc_up = acc
+    grid_n = tl.cdiv(N, BLOCK)
+    grid_k = tl.cdiv(K, BLOCK)
+    codes = tl.load(w_ptrs, mask=(k < K)[None, :], other=0.0)
+    if PARTS == 2:
+        up_codes = tl.load(w_ptrs + N * K, mask=(k < K)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for k0 in range(0, K, BLOCK_K):
+        inside = k < K - k0
+        xk = _values(tl.load(x_ptrs, mask=inside, other=0.0), False, INTEGER)
+        if SCALES == "block":
+            at = (k0 + k) // BLOCK
+            if MATH == "codes":
+                xk *= tl.load(x_scale + x_row * grid_k + at, mask=inside, other=0.0)
+            line = expert * (PARTS * grid_n) + tl.program_id(0) * ROWS // BLOCK
+            xk_up = xk
+            xk *= tl.load(w_scale + line * grid_k + at, mask=inside, other=0.0)
+            acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
+            if PARTS == 2:
+                xk_up *= tl.load(w_scale + (line + grid_n) * grid_k + at, mask=inside, other=0.0)
+                acc_up += _values(up_codes, FP8_BITS, INTEGER) * xk_up[None, :]
+        else:
+            acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
+            if PARTS == 2:
+                acc_up += _values(up_codes, FP8_BITS, INTEGER) * xk[None, :]
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        after = (k < K - k0 - BLOCK_K)[None, :]
+        codes = tl.load(w_ptrs, mask=after, other=0.0)
+        if PARTS == 2:
+            up_codes = tl.load(w_ptrs + N * K, mask=after, other=0.0)
+
+    factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
+    base = expert * (PARTS * N)
+    gate = tl.sum(acc, 1).to(tl.float32) * factor
+    up_ = tl.sum(acc_up, 1).to(tl.float32) * factor
+    if SCALES == "tensor":
+        gate *= tl.load(w_scale + expert)
+        up_ *= tl.load(w_scale + expert)
+    elif SCALES == "channel":
+        gate *= tl.load(w_scale + base + row)
+        if PARTS == 2:
+            up_ *= tl.load(w_scale + base + N + row)
+    if HAS_BIAS:
+        gate += tl.load(bias + base + row).to(tl.float32)
+        if PARTS == 2:
+            up_ += tl.load(bias + base + N + row).to(tl.float32)
+    target = out + pair * width + n
+    if ACT == "":
+        tl.store(target, gate.to(out.dtype.element_ty), mask=n < N)
+        if PARTS == 2:
+            tl.store(target + N, up_.to(out.dtype.element_ty), mask=n < N)
+    else:
+        h = activate(gate, ACT)
+        if PARTS == 2:
+            h *= up_
+        tl.store(target, h.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def down(
+    h,
+    h_scale,
+    ids,
+    topk_weights,
+    w,
+    w_scale,
+    bias,
+    out,
+    E,
+    N,
+    K,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    MATH: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h [T * k, K], w [E, N, K] -> out [T, N]. SLOTS: k rounded up to a power of two."""
+    token = tl.program_id(1)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(n, N - 1)
+    slot = tl.arange(0, SLOTS)
+    INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    expert = tl.load(ids + token * TOP_K + slot, mask=slot < TOP_K, other=-1).to(tl.int32)
+    local = (expert >= 0) & (expert < E)
+    expert = tl.where(local, expert, 0)
+    pair = token * TOP_K + tl.minimum(slot, TOP_K - 1)
+    k = tl.arange(0, BLOCK_K)
+    w_lines = expert.to(tl.int64)[:, None] * N * K + row[None, :] * K
+    w_ptrs = w + w_lines[:, :, None] + k[None, None, :]
+    h_ptrs = h + pair.to(tl.int64)[:, None] * K + k[None, :]
+    grid_n = tl.cdiv(N, BLOCK)
+    grid_k = tl.cdiv(K, BLOCK)
+    acc = tl.zeros((SLOTS, ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
+    first = local[:, None] & (k < K)[None, :]
+    codes = tl.load(w_ptrs, mask=first[:, None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for k0 in range(0, K, BLOCK_K):
+        inside = local[:, None] & (k < K - k0)[None, :]
+        hk = _values(tl.load(h_ptrs, mask=inside, other=0.0), False, INTEGER)
+        if SCALES == "block":
+            at = (k0 + k) // BLOCK
+            line = expert * grid_n + tl.program_id(0) * ROWS // BLOCK
+            hk *= tl.load(w_scale + line[:, None] * grid_k + at[None, :], mask=inside, other=0.0)
+            if MATH == "codes":
+                hk *= tl.load(
+                    h_scale + pair[:, None] * grid_k + at[None, :], mask=inside, other=0.0
+                )
+        acc += _values(codes, FP8_BITS, INTEGER) * hk[:, None, :]
+        w_ptrs += BLOCK_K
+        h_ptrs += BLOCK_K
+        after = local[:, None] & (k < K - k0 - BLOCK_K)[None, :]
+        codes = tl.load(w_ptrs, mask=after[:, None, :], other=0.0)
+
+    y = tl.sum(acc, 2).to(tl.float32)
+    if SCALES != "block" and MATH == "codes":
+        y *= tl.load(h_scale + pair)[:, None]
+    if SCALES == "tensor":
+        y *= tl.load(w_scale + expert)[:, None]
+    elif SCALES == "channel":
+        y *= tl.load(w_scale + expert[:, None] * N + row[None, :])
+    if HAS_BIAS:
+        y += tl.load(bias + expert[:, None] * N + row[None, :]).to(tl.float32)
+    weight = tl.load(topk_weights + pair).to(tl.float32)
+    y = tl.sum(tl.where(local[:, None], y * weight[:, None], 0.0), 0)
+    tl.store(out + token.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)

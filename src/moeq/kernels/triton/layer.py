@@ -1,0 +1,436 @@
+"""A MoE layer as a chain of launches, along one of three paths.
+
+    gemv      up, down                                   a few tokens (`gemv.py`)
+    gemm      route, up, down, combine                   everything between (`gemm.py`)
+    library   route, gather, torch's grouped GEMM,       many rows per expert, where that is faster
+              activate, again, combine
+
+Schemes that quantize activations put `quantize_rows` in front of each product. Nothing depends on
+data on the host: grids are bounds, memory is sized by T and k, so that a chain can be captured into
+a CUDA graph. Consecutive kernels overlap by programmatic dependent launch (PDL): each may start
+while its predecessor drains, and waits before it reads what that wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from moeq.experts import ExpertWeights, blocks
+from moeq.kernels.triton import gemm, gemv, rows
+from moeq.kernels.triton.routing import Routing, route
+from moeq.schemes import Granularity, OnlineQuantScheme
+
+_SCALES = {Granularity.TENSOR: "tensor", Granularity.CHANNEL: "channel", Granularity.BLOCK: "block"}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How `gemm.grouped_gemm` is cut and launched."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 1
+    swap: bool = False
+    promote: bool = False
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """How a kernel of `gemv` is cut and launched."""
+
+    rows: int
+    block_k: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class GemvPath:
+    up: Gemv
+    down: Gemv
+
+
+@dataclass(frozen=True)
+class GemmPath:
+    block_m: int
+    up: Gemm
+    down: Gemm
+
+
+@dataclass(frozen=True)
+class LibraryPath:
+    """torch's grouped GEMM; `scratch`: bytes of decoded weights held at a time."""
+
+    scratch: int = 256 << 20
+
+
+Path = GemvPath | GemmPath | LibraryPath
+
+
+class Projection(NamedTuple):
+    """One product's weights: codes [E, parts * N, K], scale, bias, as in `ExpertWeights`."""
+
+    scheme: OnlineQuantScheme
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    parts: int
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[1] // self.parts
+
+    @property
+    def k(self) -> int:
+        return self.codes.shape[2]
+
+
+def projections(weights: ExpertWeights) -> tuple[Projection, Projection]:
+    """(w13, w2) of a layer."""
+    scheme = weights.scheme
+    w13 = Projection(scheme, weights.w13, weights.w13_scale, weights.b13, weights.parts)
+    return w13, Projection(scheme, weights.w2, weights.w2_scale, weights.b2, 1)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What products are made of on a device.
+
+    Attributes:
+        codes: multiply codes by quantized activations; else decode codes to the rows' dtype.
+        fp8_bits: e4m3 is unknown to the GPU and taken apart by hand.
+        pdl: kernels may overlap.
+    """
+
+    codes: bool
+    fp8_bits: bool
+    pdl: bool
+
+
+def fused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    activation: str,
+    path: Path,
+    arithmetic: Arithmetic,
+) -> Tensor:
+    """x [T, H], T * k > 0 -> [T, H]. See `moeq.kernels.reference.fused_experts`."""
+    w13, w2 = projections(weights)
+    (t, h), k = x.shape, topk_ids.shape[1]
+    if isinstance(path, LibraryPath):
+        return _library(x, topk_ids, topk_weights, weights, activation, path, arithmetic)
+    out = torch.empty_like(x)
+    if isinstance(path, GemvPath):
+        a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
+        mid = x.new_empty(t * k, w2.k)
+        gemv_up(a, a_scale, topk_ids, w13, mid, activation, path.up, arithmetic, pdl=a is not x)
+        a, a_scale = _quantize(mid, w2, arithmetic)
+        gemv_down(a, a_scale, topk_ids, topk_weights, w2, out, path.down, arithmetic)
+        return out
+    routing = route(topk_ids, weights.num_experts, path.block_m)
+    a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
+    mid = x.new_empty(t * k, w2.k)
+    run_gemm(
+        a, a_scale, routing, w13, mid, activation, k, path.block_m, path.up, arithmetic,
+        x_rows="token", out_rows="sorted",
+    )  # fmt: skip
+    a, a_scale = _quantize(mid, w2, arithmetic)
+    y = x.new_empty(t * k, h)
+    run_gemm(
+        a, a_scale, routing, w2, y, "", k, path.block_m, path.down, arithmetic,
+        x_rows="sorted", out_rows="pair",
+    )  # fmt: skip
+    return combine(y, topk_ids, topk_weights, out, weights.num_experts, arithmetic)
+
+
+def run_gemm(
+    x: Tensor,
+    x_scale: Tensor | None,
+    routing: Routing,
+    w: Projection,
+    out: Tensor,
+    activation: str,
+    top_k: int,
+    block_m: int,
+    config: Gemm,
+    arithmetic: Arithmetic,
+    *,
+    x_rows: str,
+    out_rows: str,
+) -> None:
+    """One `gemm.grouped_gemm`; `out` is written where there are rows."""
+    cols = config.block_n // w.parts
+    grid = (routing.tiles * triton.cdiv(w.n, cols),)
+    gemm.grouped_gemm[grid](
+        x,
+        x if x_scale is None else x_scale,
+        _codes(w.codes, arithmetic),
+        w.scale,
+        w.scale if w.bias is None else w.bias,
+        out,
+        routing.pairs,
+        routing.offsets,
+        routing.tile_expert,
+        routing.tile_row,
+        w.n,
+        w.k,
+        TOP_K=top_k,
+        X_ROWS=x_rows,
+        OUT_ROWS=out_rows,
+        PARTS=w.parts,
+        ACT=activation,
+        SCALES=_SCALES[w.scheme.granularity],
+        MATH="codes" if x_scale is not None else "decode",
+        FP8_BITS=arithmetic.fp8_bits and w.codes.dtype == torch.float8_e4m3fn,
+        HAS_BIAS=w.bias is not None,
+        EVEN_K=w.k % config.block_k == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        SWAP=config.swap,
+        PROMOTE=config.promote,
+        PDL=arithmetic.pdl,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **({"maxnreg": config.registers} if config.registers else {}),
+        **_pdl(arithmetic.pdl),
+    )
+
+
+def gemv_up(
+    x: Tensor,
+    x_scale: Tensor | None,
+    topk_ids: Tensor,
+    w: Projection,
+    out: Tensor,
+    activation: str,
+    config: Gemv,
+    arithmetic: Arithmetic,
+    *,
+    pdl: bool,
+) -> None:
+    """One `gemv.up`: x [T or P, K] -> out [P, N], or [P, parts * N] without an activation."""
+    pairs = topk_ids.numel()
+    pdl = pdl and arithmetic.pdl
+    gemv.up[(triton.cdiv(w.n, config.rows), pairs)](
+        x,
+        x if x_scale is None else x_scale,
+        topk_ids,
+        _codes(w.codes, arithmetic),
+        w.scale,
+        w.scale if w.bias is None else w.bias,
+        out,
+        w.codes.shape[0],
+        w.n,
+        w.k,
+        X_PER_PAIR=x.shape[0] == pairs,
+        TOP_K=topk_ids.shape[1],
+        PARTS=w.parts,
+        ACT=activation,
+        SCALES=_SCALES[w.scheme.granularity],
+        MATH="codes" if x_scale is not None else "decode",
+        FP8_BITS=arithmetic.fp8_bits and w.codes.dtype == torch.float8_e4m3fn,
+        HAS_BIAS=w.bias is not None,
+        ROWS=config.rows,
+        BLOCK_K=config.block_k,
+        PDL=pdl,
+        num_warps=config.warps,
+        **_pdl(pdl),
+    )
+
+
+def gemv_down(
+    h: Tensor,
+    h_scale: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w: Projection,
+    out: Tensor,
+    config: Gemv,
+    arithmetic: Arithmetic,
+) -> None:
+    """One `gemv.down`: h [P, K] -> out [T, N]."""
+    t, k = topk_ids.shape
+    gemv.down[(triton.cdiv(w.n, config.rows), t)](
+        h,
+        h if h_scale is None else h_scale,
+        topk_ids,
+        topk_weights,
+        _codes(w.codes, arithmetic),
+        w.scale,
+        w.scale if w.bias is None else w.bias,
+        out,
+        w.codes.shape[0],
+        w.n,
+        w.k,
+        TOP_K=k,
+        SLOTS=triton.next_power_of_2(k),
+        SCALES=_SCALES[w.scheme.granularity],
+        MATH="codes" if h_scale is not None else "decode",
+        FP8_BITS=arithmetic.fp8_bits and w.codes.dtype == torch.float8_e4m3fn,
+        HAS_BIAS=w.bias is not None,
+        ROWS=config.rows,
+        BLOCK_K=config.block_k,
+        PDL=arithmetic.pdl,
+        num_warps=config.warps,
+        **_pdl(arithmetic.pdl),
+    )
+
+
+def combine(
+    y: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    out: Tensor,
+    num_experts: int,
+    arithmetic: Arithmetic,
+) -> Tensor:
+    """y [T * k, H], one row a pair -> out [T, H]."""
+    t, k = topk_ids.shape
+    wide = min(1024, triton.next_power_of_2(out.shape[1]))
+    rows.combine[(t, triton.cdiv(out.shape[1], wide))](
+        y,
+        topk_ids,
+        topk_ids,
+        topk_weights,
+        y,
+        y,
+        out,
+        num_experts,
+        out.shape[1],
+        TOP_K=k,
+        SORTED=False,
+        HAS_SCALE=False,
+        HAS_BIAS=False,
+        WIDE=wide,
+        PDL=arithmetic.pdl,
+        num_warps=4,
+        **_pdl(arithmetic.pdl),
+    )
+    return out
+
+
+def quantize_rows(
+    x: Tensor, scheme: OnlineQuantScheme, *, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`moeq.quantize.quantize_activations`, bit for bit; x [R, K] contiguous."""
+    r, k = x.shape
+    by_block = scheme.granularity is Granularity.BLOCK
+    codes = torch.empty_like(x, dtype=scheme.weight_dtype)
+    scale = torch.empty(r, blocks(k) if by_block else 1, dtype=torch.float32, device=x.device)
+    wide = max(128, triton.next_power_of_2(k))
+    rows.quantize_rows[(r,)](
+        x, codes, scale, k, BLOCKS=by_block, WIDE=wide, PDL=pdl,
+        num_warps=4 if wide <= 4096 else 8, **_pdl(pdl),
+    )  # fmt: skip
+    return codes, scale
+
+
+def _quantize(
+    x: Tensor, w: Projection, arithmetic: Arithmetic, *, pdl: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Rows as the product takes them, and their scales where they are quantized."""
+    if not (arithmetic.codes and w.scheme.quantizes_activations):
+        return x, None
+    return quantize_rows(x, w.scheme, pdl=pdl and arithmetic.pdl)
+
+
+def _codes(codes: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """Codes as kernels load them."""
+    if arithmetic.fp8_bits and codes.dtype == torch.float8_e4m3fn:
+        return codes.view(torch.int8)
+    return codes
+
+
+def _pdl(on: bool) -> dict[str, bool]:
+    """The launch option; the interpreter knows no such thing."""
+    return {"launch_pdl": True} if on else {}
+
+
+def _library(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    activation: str,
+    path: LibraryPath,
+    arithmetic: Arithmetic,
+) -> Tensor:
+    w13, w2 = projections(weights)
+    t, k = topk_ids.shape
+    p, e = t * k, weights.num_experts
+    routing = route(topk_ids, e, 128)
+    ends = routing.offsets[1:]
+    quantized = arithmetic.codes and w13.scheme.quantizes_activations
+    a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
+    a = _gather(a, routing, k, e)
+    if a_scale is not None:
+        a_scale = a_scale[(routing.pairs.long() // k).clamp_(0, t - 1), 0]
+    h13 = _grouped(a, a_scale, w13, ends, path)
+    mid = torch.empty(p, w2.k, dtype=w2.codes.dtype if quantized else x.dtype, device=x.device)
+    mid_scale = torch.empty(p, dtype=torch.float32, device=x.device) if quantized else None
+    rows.activate_rows[(p,)](
+        h13, w13.scale, w13.scale if w13.bias is None else w13.bias, mid,
+        mid if mid_scale is None else mid_scale, routing.pairs, topk_ids, routing.offsets,
+        e, w2.k, PARTS=w13.parts, ACT=activation, HAS_SCALE=not quantized,
+        HAS_BIAS=w13.bias is not None, QUANTIZE=quantized,
+        WIDE=triton.next_power_of_2(w2.k), num_warps=8,
+    )  # fmt: skip
+    del h13
+    y = _grouped(mid, mid_scale, w2, ends, path)
+    out = torch.empty_like(x)
+    wide = min(1024, triton.next_power_of_2(x.shape[1]))
+    rows.combine[(t, triton.cdiv(x.shape[1], wide))](
+        y, routing.positions, topk_ids, topk_weights,
+        w2.scale, w2.scale if w2.bias is None else w2.bias, out, e, x.shape[1],
+        TOP_K=k, SORTED=True, HAS_SCALE=not quantized, HAS_BIAS=w2.bias is not None,
+        WIDE=wide, PDL=False, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _gather(x: Tensor, routing: Routing, top_k: int, num_experts: int) -> Tensor:
+    out = x.new_empty(routing.pairs.shape[0], x.shape[1])
+    words_in, words_out = (v.view(torch.int32) for v in (x, out))
+    k = words_in.shape[1]
+    rows.gather_rows[(out.shape[0], 1)](
+        words_in, words_out, routing.pairs, routing.offsets, num_experts, k,
+        TOP_K=top_k, WIDE=triton.next_power_of_2(k), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _grouped(
+    a: Tensor, a_scale: Tensor | None, w: Projection, ends: Tensor, path: LibraryPath
+) -> Tensor:
+    """Sorted rows [P, K] -> [P, parts * N]; scaled where rows are quantized."""
+    if a_scale is not None:
+        scale = w.scale
+        if w.scheme.granularity is Granularity.TENSOR:
+            scale = scale[:, None].expand(-1, w.codes.shape[1]).contiguous()
+        return torch._scaled_grouped_mm(
+            a, w.codes.transpose(1, 2), a_scale, scale, offs=ends,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+    e, n, k = w.codes.shape
+    height = max(128, path.scratch // (2 * e * k) // 128 * 128)
+    out = a.new_empty(a.shape[0], n)
+    scratch = a.new_empty(e * min(height, n) * k)
+    for first in range(0, n, height):
+        part = min(height, n - first)
+        tile = scratch[: e * part * k].view(e, part, k)
+        rows.decode_rows[(triton.cdiv(k, 2048), triton.cdiv(part, 4), e)](
+            w.codes, tile, first, part, n, k, ROWS=4, WIDE=2048, num_warps=4
+        )
+        out[:, first : first + part] = torch._grouped_mm(a, tile.transpose(1, 2), offs=ends)
+    return out
