@@ -33,13 +33,17 @@ ON = layer.Arithmetic(codes=True, fp8_bits=False, pdl=True)
 
 
 def gemms(
-    rows: list[tuple[int, ...]], groups=(1,), swaps=(False,), promotes=(False,)
+    rows: list[tuple[int, ...]],
+    groups=(1,),
+    swaps=(False,),
+    promotes=(False,),
+    tails=(0,),
+    halves=False,
 ) -> list[Gemm]:
     """rows: block_n, block_k, warps, stages and, optionally, registers."""
     return [
-        Gemm(r[0], r[1], r[2], r[3], g, s, p, r[4] if len(r) > 4 else None)
-        for r, g, s, p in itertools.product(rows, groups, swaps, promotes)
-        if not s or r[0] >= 64
+        Gemm(r[0], r[1], r[2], r[3], g, s, p, r[4] if len(r) > 4 else None, tail, halves)
+        for r, g, s, p, tail in itertools.product(rows, groups, swaps, promotes, tails)
     ]
 
 
@@ -47,25 +51,24 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
     """Tilings to try, by rows of a tile."""
     if family == "decode":
         return {
-            16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 4)]),
+            16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (32, 256, 4, 4)]),
             32: gemms([(128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 3)]),
-            64: gemms([(128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3)], groups=(4, 16)),
-            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3, 128), (128, 32, 4, 4), (256, 64, 8, 3), (256, 32, 8, 4)], groups=(16, 32)),
+            64: gemms([(128, 64, 4, 4), (128, 128, 4, 3)], groups=(4, 16), tails=(0, 32)),
+            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16, 32), tails=(0, 32, 64)),
         }  # fmt: skip
     if family == "block":
         return {
             16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)], swaps=(False, True)),
             32: gemms([(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4)], swaps=(False, True)),
-            64: gemms([(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 3)], groups=(4, 16)),
-            128: gemms([(128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 8, 3, 128), (64, 128, 8, 4)], groups=(16, 32)),
-            256: gemms([(64, 128, 8, 3)], groups=(16,)),
+            64: gemms([(128, 128, 4, 3), (128, 128, 4, 4)], groups=(4, 16), tails=(0, 32)) + gemms([(128, 128, 4, 3, 168)], groups=(16,), halves=True),
+            128: gemms([(128, 128, 8, 3)], groups=(16, 32), tails=(0, 64)) + gemms([(128, 128, 8, 3), (128, 128, 8, 3, 128), (128, 128, 8, 2, 128), (256, 128, 8, 3)], groups=(16, 32), halves=True),
         }  # fmt: skip
     promotes = (True,) if family == "fp8" else (False,)
     return {
         16: gemms([(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 256, 4, 3)], swaps=(False, True), promotes=promotes),
         32: gemms([(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3)], swaps=(False, True), promotes=promotes),
-        64: gemms([(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3), (256, 128, 8, 3)], groups=(4, 16), promotes=promotes),
-        128: gemms([(128, 128, 4, 3), (128, 128, 8, 4), (256, 128, 8, 3), (256, 128, 8, 4)], groups=(16, 32)),
+        64: gemms([(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3)], groups=(4, 16), promotes=promotes, tails=(0, 32)),
+        128: gemms([(128, 128, 4, 3), (256, 128, 8, 3), (256, 128, 8, 4)], groups=(16, 32), tails=(0, 64)),
     }  # fmt: skip
 
 
@@ -272,7 +275,7 @@ def short(c: Gemm) -> str:
     flags = (
         ("S" if c.swap else "")
         + ("P" if c.promote else "")
-        + (f"r{c.registers}" if c.registers else "")
+        + (f"r{c.registers}" if c.registers else "") + (f"t{c.tail_m}" if c.tail_m else "") + ("H" if c.halves else "")
     )
     return f"{c.block_n}x{c.block_k} w{c.warps} s{c.stages} g{c.group_m} {flags}"
 

@@ -72,7 +72,9 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 scales for codes of `dtype` from the amax of each group; 1 where amax is 0."""
-    scale = (amax.float() / QMAX[dtype]).clamp_(min=SCALE_MIN)
+    # A tensor divides; by a number CUDA multiplies with its reciprocal, which is other bits
+    amax = amax.float()
+    scale = (amax / amax.new_full((), QMAX[dtype])).clamp_(min=SCALE_MIN)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 

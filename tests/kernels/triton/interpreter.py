@@ -1,8 +1,9 @@
 """Triton's interpreter with casts that round as GPUs do.
 
-In Triton 3.6 it truncates fp32 to bf16, loses the carry when it rounds to fp8, and turns integers
-into bf16 by their bits, and multiplies bf16 matrices as if they were integers. PyTorch's casts take their place: round half to even, fp8 saturated (which
-is what the hardware's conversion does; PyTorch's gives NaN).
+In Triton 3.6 it truncates fp32 to bf16, loses the carry when it rounds to fp8, turns integers into
+bf16 by their bits, multiplies bf16 matrices as if they were integers, and rounds twice in a fused
+multiply-add. Here PyTorch's casts take their place: round half to even, and fp8 saturated, which is
+what the hardware's conversion does (PyTorch's gives NaN).
 """
 
 from __future__ import annotations
@@ -64,8 +65,14 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _create_fma(self, x, y, z):
+    exact = x.data.astype(np.float64) * y.data.astype(np.float64)
+    return interpreter.TensorHandle((exact + z.data).astype(np.float32), z.dtype.scalar)
+
+
 def repair() -> None:
     """Replace the casts; for the whole process."""
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.cast_impl = _cast_impl
+    interpreter.InterpreterBuilder.create_fma = _create_fma
     interpreter.InterpreterBuilder.create_dot = _create_dot

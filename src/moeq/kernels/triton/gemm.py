@@ -94,6 +94,9 @@ def grouped_gemm(
     GROUP_M: tl.constexpr,
     SWAP: tl.constexpr,
     PROMOTE: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    HALVES: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x [*, K], w [E, PARTS * N, K] -> out [*, N].
@@ -118,8 +121,65 @@ def grouped_gemm(
     expert = tl.load(tile_expert + m)
     if expert < 0:
         return
-    rows = tl.load(tile_row + m) + tl.arange(0, BLOCK_M)
+    start = tl.load(tile_row + m)
     stop = tl.load(offsets + expert + 1)
+    if HALVES:
+        _block_tile(
+            x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
+            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            STAGES,
+        )  # fmt: skip
+        return
+    # What is left of an expert's rows after whole tiles is often little: a lower tile wastes less.
+    if TAIL_M > 0 and stop - start <= TAIL_M:
+        _tile(
+            x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
+            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, HAS_BIAS, EVEN_K,
+            TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+        )  # fmt: skip
+    else:
+        _tile(
+            x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
+            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, HAS_BIAS, EVEN_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    out,
+    pairs,
+    expert,
+    start,
+    stop,
+    n,
+    N,
+    K,
+    TOP_K: tl.constexpr,
+    X_ROWS: tl.constexpr,
+    OUT_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    SCALES: tl.constexpr,
+    MATH: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Rows [start, min(start + BLOCK_M, stop)) of an expert times rows of tile n of its weight."""
+    COLS: tl.constexpr = BLOCK_N // PARTS
+    rows = start + tl.arange(0, BLOCK_M)
     inner = tl.minimum(rows, stop - 1)
     if X_ROWS == "sorted":
         x_row = inner
@@ -155,7 +215,7 @@ def grouped_gemm(
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             xk = tl.load(x_ptrs)
             wk = tl.load(w_ptrs)
@@ -237,3 +297,103 @@ def grouped_gemm(
             tl.store(target + N, up.to(out.dtype.element_ty), mask=mask)
     else:
         tl.store(target, activate(result, ACT).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _block_tile(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    out,
+    pairs,
+    expert,
+    start,
+    stop,
+    n,
+    N,
+    K,
+    TOP_K: tl.constexpr,
+    X_ROWS: tl.constexpr,
+    OUT_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`_tile` for many rows and scales of blocks: the halves of the weight tile (gate and up, where
+    there is a gate) are multiplied one after the other, so that the product that waits for its
+    factor takes half the registers, and a second program fits onto the multiprocessor."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    rows = start + tl.arange(0, BLOCK_M)
+    inner = tl.minimum(rows, stop - 1)
+    if X_ROWS == "sorted":
+        x_row = inner
+    elif X_ROWS == "pair":
+        x_row = tl.load(pairs + inner)
+    else:
+        x_row = tl.load(pairs + inner) // TOP_K
+    j = tl.arange(0, HALF)
+    k = tl.arange(0, BLOCK_K)
+    first = n * (BLOCK_N // PARTS)
+    col = first + j
+    shift = N if PARTS == 2 else HALF
+    row = tl.minimum(col, N - 1)
+    other = tl.minimum(col, N - 1) + N if PARTS == 2 else tl.minimum(col + HALF, N - 1)
+    x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
+    base = w + expert.to(tl.int64) * (PARTS * N) * K
+    w_ptrs = base + row[:, None] * K + k[None, :]
+    other_ptrs = base + other[:, None] * K + k[None, :]
+    grid_n = tl.cdiv(N, BLOCK)
+    grid_k = tl.cdiv(K, BLOCK)
+    line = w_scale + (expert * (PARTS * grid_n) + first // BLOCK) * grid_k
+    other_line = line + grid_n * grid_k if PARTS == 2 else line
+    x_line = x_scale + x_row * grid_k
+    factor, other_factor, x_factor = tl.load(line), tl.load(other_line), tl.load(x_line)
+    acc = tl.zeros((BLOCK_M, HALF), tl.float32)
+    other_acc = tl.zeros((BLOCK_M, HALF), tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if EVEN_K:
+            xk = tl.load(x_ptrs)
+            wk = tl.load(w_ptrs)
+            other_k = tl.load(other_ptrs)
+        else:
+            inside = k[None, :] < K - k0
+            xk = tl.load(x_ptrs, mask=inside, other=0.0)
+            wk = tl.load(w_ptrs, mask=inside, other=0.0)
+            other_k = tl.load(other_ptrs, mask=inside, other=0.0)
+        after = tl.minimum(k0 // BLOCK + 1, grid_k - 1)
+        next_factor, next_other = tl.load(line + after), tl.load(other_line + after)
+        next_x_factor = tl.load(x_line + after)
+        acc += tl.dot(xk, tl.trans(wk)) * (factor * x_factor)[:, None]
+        other_acc += tl.dot(xk, tl.trans(other_k)) * (other_factor * x_factor)[:, None]
+        factor, other_factor, x_factor = next_factor, next_other, next_x_factor
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        other_ptrs += BLOCK_K
+
+    if HAS_BIAS:
+        bias += expert * (PARTS * N)
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
+        other_acc += tl.load(bias + other).to(tl.float32)[None, :]
+    if OUT_ROWS == "sorted":
+        out_row = inner
+    else:
+        out_row = tl.load(pairs + inner)
+    width = N if ACT != "" else PARTS * N
+    target = out + out_row.to(tl.int64)[:, None] * width + col[None, :]
+    inside_rows = (rows < stop)[:, None]
+    if PARTS == 2 and ACT != "":
+        h = activate(acc, ACT) * other_acc
+        tl.store(target, h.to(out.dtype.element_ty), mask=inside_rows & (col < N)[None, :])
+    else:
+        other_col = col if PARTS == 2 else col + HALF
+        result = activate(acc, ACT).to(out.dtype.element_ty)
+        tl.store(target, result, mask=inside_rows & (col < N)[None, :])
+        result = activate(other_acc, ACT).to(out.dtype.element_ty)
+        tl.store(target + shift, result, mask=inside_rows & (other_col < N)[None, :])

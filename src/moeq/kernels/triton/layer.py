@@ -2,8 +2,9 @@
 
     gemv      up, down                                   a few tokens (`gemv.py`)
     gemm      route, up, down, combine                   everything between (`gemm.py`)
-    library   route, gather, torch's grouped GEMM,       many rows per expert, where that is faster
-              activate, again, combine
+    library   route, gather, then for parts of the       weight-only codes that very many rows share
+              weights: decode, torch's grouped GEMM,     (`library.py`)
+              activate or combine
 
 Schemes that quantize activations put `quantize_rows` in front of each product. Nothing depends on
 data on the host: grids are bounds, memory is sized by T and k, so that a chain can be captured into
@@ -21,7 +22,7 @@ import triton
 from torch import Tensor
 
 from moeq.experts import ExpertWeights, blocks
-from moeq.kernels.triton import gemm, gemv, rows
+from moeq.kernels.triton import gemm, gemv, library, rows
 from moeq.kernels.triton.routing import Routing, route
 from moeq.schemes import Granularity, OnlineQuantScheme
 
@@ -40,6 +41,8 @@ class Gemm:
     swap: bool = False
     promote: bool = False
     registers: int | None = None
+    tail_m: int = 0
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class GemmPath:
 class LibraryPath:
     """torch's grouped GEMM; `scratch`: bytes of decoded weights held at a time."""
 
-    scratch: int = 256 << 20
+    scratch: int
 
 
 Path = GemvPath | GemmPath | LibraryPath
@@ -127,7 +130,9 @@ def fused_experts(
     w13, w2 = projections(weights)
     (t, h), k = x.shape, topk_ids.shape[1]
     if isinstance(path, LibraryPath):
-        return _library(x, topk_ids, topk_weights, weights, activation, path, arithmetic)
+        return library.fused_experts(
+            x, topk_ids, topk_weights, weights, activation, path.scratch, arithmetic.pdl
+        )
     out = torch.empty_like(x)
     if isinstance(path, GemvPath):
         a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
@@ -199,9 +204,11 @@ def run_gemm(
         GROUP_M=config.group_m,
         SWAP=config.swap,
         PROMOTE=config.promote,
+        TAIL_M=config.tail_m,
+        HALVES=config.halves,
+        STAGES=config.stages,
         PDL=arithmetic.pdl,
         num_warps=config.warps,
-        num_stages=config.stages,
         **({"maxnreg": config.registers} if config.registers else {}),
         **_pdl(arithmetic.pdl),
     )
@@ -296,27 +303,7 @@ def combine(
     arithmetic: Arithmetic,
 ) -> Tensor:
     """y [T * k, H], one row a pair -> out [T, H]."""
-    t, k = topk_ids.shape
-    wide = min(1024, triton.next_power_of_2(out.shape[1]))
-    rows.combine[(t, triton.cdiv(out.shape[1], wide))](
-        y,
-        topk_ids,
-        topk_ids,
-        topk_weights,
-        y,
-        y,
-        out,
-        num_experts,
-        out.shape[1],
-        TOP_K=k,
-        SORTED=False,
-        HAS_SCALE=False,
-        HAS_BIAS=False,
-        WIDE=wide,
-        PDL=arithmetic.pdl,
-        num_warps=4,
-        **_pdl(arithmetic.pdl),
-    )
+    rows.combine_rows(y, topk_ids, topk_weights, out, num_experts, pdl=arithmetic.pdl)
     return out
 
 
@@ -329,9 +316,10 @@ def quantize_rows(
     codes = torch.empty_like(x, dtype=scheme.weight_dtype)
     scale = torch.empty(r, blocks(k) if by_block else 1, dtype=torch.float32, device=x.device)
     wide = max(128, triton.next_power_of_2(k))
-    rows.quantize_rows[(r,)](
-        x, codes, scale, k, BLOCKS=by_block, WIDE=wide, PDL=pdl,
-        num_warps=4 if wide <= 4096 else 8, **_pdl(pdl),
+    height = 1 if r <= 1024 else max(1, min(8, 4096 // wide))
+    rows.quantize_rows[(triton.cdiv(r, height),)](
+        x, codes, scale, r, k, BLOCKS=by_block, HEIGHT=height, WIDE=wide, PDL=pdl,
+        num_warps=max(4, min(16, wide * height // 1024)), **_pdl(pdl),
     )  # fmt: skip
     return codes, scale
 
@@ -355,82 +343,3 @@ def _codes(codes: Tensor, arithmetic: Arithmetic) -> Tensor:
 def _pdl(on: bool) -> dict[str, bool]:
     """The launch option; the interpreter knows no such thing."""
     return {"launch_pdl": True} if on else {}
-
-
-def _library(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    activation: str,
-    path: LibraryPath,
-    arithmetic: Arithmetic,
-) -> Tensor:
-    w13, w2 = projections(weights)
-    t, k = topk_ids.shape
-    p, e = t * k, weights.num_experts
-    routing = route(topk_ids, e, 128)
-    ends = routing.offsets[1:]
-    quantized = arithmetic.codes and w13.scheme.quantizes_activations
-    a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
-    a = _gather(a, routing, k, e)
-    if a_scale is not None:
-        a_scale = a_scale[(routing.pairs.long() // k).clamp_(0, t - 1), 0]
-    h13 = _grouped(a, a_scale, w13, ends, path)
-    mid = torch.empty(p, w2.k, dtype=w2.codes.dtype if quantized else x.dtype, device=x.device)
-    mid_scale = torch.empty(p, dtype=torch.float32, device=x.device) if quantized else None
-    rows.activate_rows[(p,)](
-        h13, w13.scale, w13.scale if w13.bias is None else w13.bias, mid,
-        mid if mid_scale is None else mid_scale, routing.pairs, topk_ids, routing.offsets,
-        e, w2.k, PARTS=w13.parts, ACT=activation, HAS_SCALE=not quantized,
-        HAS_BIAS=w13.bias is not None, QUANTIZE=quantized,
-        WIDE=triton.next_power_of_2(w2.k), num_warps=8,
-    )  # fmt: skip
-    del h13
-    y = _grouped(mid, mid_scale, w2, ends, path)
-    out = torch.empty_like(x)
-    wide = min(1024, triton.next_power_of_2(x.shape[1]))
-    rows.combine[(t, triton.cdiv(x.shape[1], wide))](
-        y, routing.positions, topk_ids, topk_weights,
-        w2.scale, w2.scale if w2.bias is None else w2.bias, out, e, x.shape[1],
-        TOP_K=k, SORTED=True, HAS_SCALE=not quantized, HAS_BIAS=w2.bias is not None,
-        WIDE=wide, PDL=False, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def _gather(x: Tensor, routing: Routing, top_k: int, num_experts: int) -> Tensor:
-    out = x.new_empty(routing.pairs.shape[0], x.shape[1])
-    words_in, words_out = (v.view(torch.int32) for v in (x, out))
-    k = words_in.shape[1]
-    rows.gather_rows[(out.shape[0], 1)](
-        words_in, words_out, routing.pairs, routing.offsets, num_experts, k,
-        TOP_K=top_k, WIDE=triton.next_power_of_2(k), num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def _grouped(
-    a: Tensor, a_scale: Tensor | None, w: Projection, ends: Tensor, path: LibraryPath
-) -> Tensor:
-    """Sorted rows [P, K] -> [P, parts * N]; scaled where rows are quantized."""
-    if a_scale is not None:
-        scale = w.scale
-        if w.scheme.granularity is Granularity.TENSOR:
-            scale = scale[:, None].expand(-1, w.codes.shape[1]).contiguous()
-        return torch._scaled_grouped_mm(
-            a, w.codes.transpose(1, 2), a_scale, scale, offs=ends,
-            out_dtype=torch.bfloat16, use_fast_accum=True,
-        )  # fmt: skip
-    e, n, k = w.codes.shape
-    height = max(128, path.scratch // (2 * e * k) // 128 * 128)
-    out = a.new_empty(a.shape[0], n)
-    scratch = a.new_empty(e * min(height, n) * k)
-    for first in range(0, n, height):
-        part = min(height, n - first)
-        tile = scratch[: e * part * k].view(e, part, k)
-        rows.decode_rows[(triton.cdiv(k, 2048), triton.cdiv(part, 4), e)](
-            w.codes, tile, first, part, n, k, ROWS=4, WIDE=2048, num_warps=4
-        )
-        out[:, first : first + part] = torch._grouped_mm(a, tile.transpose(1, 2), offs=ends)
-    return out

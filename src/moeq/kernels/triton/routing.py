@@ -26,6 +26,8 @@ from torch import Tensor
 _CHUNK = 1024
 """Pairs looked at at a time."""
 
+_WARPS = 4
+
 _SEGMENT = 4096
 """Pairs of one program; more pairs are counted by a kernel of its own first."""
 
@@ -84,7 +86,7 @@ def route(topk_ids: Tensor, num_experts: int, block_m: int) -> Routing:
         padded,
         triton.next_power_of_2(segments),
         chunk,
-        num_warps=4,
+        num_warps=_WARPS,
     )
     return routing
 

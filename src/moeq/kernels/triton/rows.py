@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moeq.kernels.triton.gemm import BLOCK, activate
 
@@ -26,12 +27,24 @@ def scale_of(amax, CODES: tl.constexpr):
 
 @triton.jit
 def encode(x, scale, CODES: tl.constexpr):
-    """fp32 values to codes: IEEE quotient, round half to even, clamp."""
-    quotient = tl.div_rn(x, scale)
+    """fp32 values to codes: IEEE quotient, round half to even, clamp.
+
+    The quotient is x / scale rounded once, made of the reciprocal of the scale and one correction
+    by its remainder (Markstein's theorem: exact for a correctly rounded reciprocal as long as
+    nothing underflows, which the power of two sees to). That is a third of the instructions of a
+    division, and the reciprocal is shared by a row.
+    """
+    lift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)  # 2^-60, 2^64
+    divisor = scale * lift
+    reciprocal = tl.div_rn(divisor * 0.0 + 1.0, divisor)
+    x = x * lift
+    estimate = x * reciprocal
+    quotient = tl.fma(tl.fma(-estimate, divisor, x), reciprocal, estimate)
     if CODES == tl.int8:
         # Adding 1.5 * 2^23 leaves no bits for fractions: the hardware rounds half to even.
         quotient = tl.minimum(tl.maximum(quotient, -INT8_MAX), INT8_MAX)
         return ((quotient + 12582912.0) - 12582912.0).to(tl.int8)
+    quotient = tl.where(estimate == 0.0, estimate, quotient)  # the correction loses the sign of -0
     return tl.minimum(tl.maximum(quotient, -FP8_MAX), FP8_MAX).to(CODES)
 
 
@@ -40,31 +53,93 @@ def quantize_rows(
     x,
     codes,
     scale,
+    R,
     K,
     BLOCKS: tl.constexpr,
+    HEIGHT: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [R, K] -> codes [R, K], scale [R] or, with BLOCKS, [R, ceil(K / 128)]. WIDE >= K."""
+    """x [R, K] -> codes [R, K], scale [R] or, with BLOCKS, [R, ceil(K / 128)]. WIDE >= K; HEIGHT
+    rows to a program."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     CODES: tl.constexpr = codes.dtype.element_ty
-    r = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     k = tl.arange(0, WIDE)
-    value = tl.load(x + r * K + k, mask=k < K, other=0.0).to(tl.float32)
+    at = r.to(tl.int64)[:, None] * K + k[None, :]
+    mask = (r < R)[:, None] & (k < K)[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if BLOCKS:
-        value = tl.reshape(value, (WIDE // BLOCK, BLOCK))
+        COUNT: tl.constexpr = WIDE // BLOCK
+        value = tl.reshape(value, (HEIGHT * COUNT, BLOCK))
         by_block = scale_of(tl.max(tl.abs(value), 1), CODES)
-        b = tl.arange(0, WIDE // BLOCK)
+        code = tl.reshape(encode(value, by_block[:, None], CODES), (HEIGHT, WIDE))
+        b = tl.arange(0, COUNT)
         grid_k = tl.cdiv(K, BLOCK)
-        tl.store(scale + r * grid_k + b, by_block, mask=b < grid_k)
-        code = tl.reshape(encode(value, by_block[:, None], CODES), (WIDE,))
+        tl.store(
+            scale + r[:, None] * grid_k + b[None, :],
+            tl.reshape(by_block, (HEIGHT, COUNT)),
+            mask=(r < R)[:, None] & (b < grid_k)[None, :],
+        )
     else:
-        by_row = scale_of(tl.max(tl.abs(value), 0), CODES)
-        tl.store(scale + r, by_row)
-        code = encode(value, by_row, CODES)
-    tl.store(codes + r * K + k, code, mask=k < K)
+        by_row = scale_of(tl.max(tl.abs(value), 1), CODES)
+        tl.store(scale + r, by_row, mask=r < R)
+        code = encode(value, by_row[:, None], CODES)
+    tl.store(codes + at, code, mask=mask)
+
+
+def combine_rows(
+    y: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    out: Tensor,
+    num_experts: int,
+    *,
+    positions: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    column: int = 0,
+    pdl: bool = False,
+) -> None:
+    """Add the weighted outputs of every token's experts.
+
+    Args:
+        y: [T * k, C], one row a pair; or sorted rows, where `positions` says which is whose.
+        topk_ids: [T, k]; ids outside 0..E-1 add nothing, their rows are never read.
+        topk_weights: [T, k].
+        out: [T, H], columns [column, column + C) are written.
+        num_experts: E.
+        positions: int32 [T * k], from routing.
+        scale: [E, H] that y has not seen yet.
+        bias: [E, H], likewise.
+        column: first column.
+        pdl: launched to overlap with its predecessor.
+    """
+    t, k = topk_ids.shape
+    wide = min(1024, triton.next_power_of_2(y.shape[1]))
+    combine[(t, triton.cdiv(y.shape[1], wide))](
+        y,
+        topk_ids if positions is None else positions,
+        topk_ids,
+        topk_weights,
+        y if scale is None else scale,
+        y if bias is None else bias,
+        out,
+        num_experts,
+        y.shape[1],
+        out.shape[1],
+        column,
+        TOP_K=k,
+        SORTED=positions is not None,
+        HAS_SCALE=scale is not None,
+        HAS_BIAS=bias is not None,
+        WIDE=wide,
+        PDL=pdl,
+        num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
+    )
 
 
 @triton.jit
@@ -73,11 +148,13 @@ def combine(
     positions,
     ids,
     topk_weights,
-    w_scale,
+    scale,
     bias,
     out,
     E,
     N,
+    H,
+    FIRST,
     TOP_K: tl.constexpr,
     SORTED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -85,9 +162,7 @@ def combine(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y [T * k, N] -> out [T, N]. SORTED: the row of a pair is at its position, else rows are pairs.
-    Scale [E, N] and bias [E, N] where y has not seen them. Rows of other ranks' pairs are never
-    read."""
+    """See `combine_rows`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -102,79 +177,9 @@ def combine(
         row = tl.load(positions + pair, mask=local, other=0).to(tl.int64) if SORTED else pair
         value = tl.load(y + row * N + n, mask=mask, other=0.0).to(tl.float32)
         if HAS_SCALE:
-            value *= tl.load(w_scale + expert * N + n, mask=mask, other=0.0)
+            value *= tl.load(scale + expert * H + FIRST + n, mask=mask, other=0.0)
         if HAS_BIAS:
-            value += tl.load(bias + expert * N + n, mask=mask, other=0.0).to(tl.float32)
-        acc += value * tl.load(topk_weights + pair).to(tl.float32)
-    tl.store(out + token * N + n, acc.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def gather_rows(x, out, pairs, offsets, E, K, TOP_K: tl.constexpr, WIDE: tl.constexpr):
-    """x [T, K] -> out [P, K]: the row of every sorted pair's token; both seen as bytes or words."""
-    r = tl.program_id(0).to(tl.int64)
-    if r >= tl.load(offsets + E):
-        return
-    token = (tl.load(pairs + r) // TOP_K).to(tl.int64)
-    k = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    tl.store(out + r * K + k, tl.load(x + token * K + k, mask=k < K), mask=k < K)
-
-
-@triton.jit
-def activate_rows(
-    h13,
-    w13_scale,
-    bias,
-    out,
-    out_scale,
-    pairs,
-    ids,
-    offsets,
-    E,
-    N,
-    PARTS: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """h13 [P, PARTS * N], sorted -> out [P, N]: scale, bias, activation, and quantized per row
-    where QUANTIZE. Rows past the last local pair are left alone."""
-    r = tl.program_id(0).to(tl.int64)
-    if r >= tl.load(offsets + E):
-        return
-    n = tl.arange(0, WIDE)
-    inside = n < N
-    base = tl.load(ids + tl.load(pairs + r)).to(tl.int64) * (PARTS * N)
-    row = h13 + r * (PARTS * N)
-    value = tl.load(row + n, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        value *= tl.load(w13_scale + base + n, mask=inside, other=0.0)
-    if HAS_BIAS:
-        value += tl.load(bias + base + n, mask=inside, other=0.0).to(tl.float32)
-    value = activate(value, ACT)
-    if PARTS == 2:
-        up = tl.load(row + N + n, mask=inside, other=0.0).to(tl.float32)
-        if HAS_SCALE:
-            up *= tl.load(w13_scale + base + N + n, mask=inside, other=0.0)
-        if HAS_BIAS:
-            up += tl.load(bias + base + N + n, mask=inside, other=0.0).to(tl.float32)
-        value *= up
-    if QUANTIZE:
-        value = tl.where(inside, value, 0.0).to(h13.dtype.element_ty).to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(value), 0), out.dtype.element_ty)
-        tl.store(out_scale + r, scale)
-        value = encode(value, scale, out.dtype.element_ty)
-    tl.store(out + r * N + n, value.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def decode_rows(w, out, FIRST, HEIGHT, N, K, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """w int8 [E, N, K] -> out bf16 [E, HEIGHT, K]: rows FIRST.. of every expert, unscaled."""
-    k = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    e = tl.program_id(2).to(tl.int64)
-    mask = (n < HEIGHT)[:, None] & (k < K)[None, :]
-    codes = tl.load(w + (e * N + FIRST + n[:, None]) * K + k[None, :], mask=mask, other=0)
-    tl.store(out + (e * HEIGHT + n[:, None]) * K + k[None, :], codes.to(tl.bfloat16), mask=mask)
+            value += tl.load(bias + expert * H + FIRST + n, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(topk_weights + pair).to(tl.float32)
+        acc += tl.where(local, value * weight, 0.0)
+    tl.store(out + token * H + FIRST + n, acc.to(out.dtype.element_ty), mask=n < N)

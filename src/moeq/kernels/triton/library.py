@@ -1,0 +1,156 @@
+"""Weight-only experts for very many rows: decode a part of the weights, multiply with a library.
+
+Past about a thousand rows per expert, writing int8 codes out as bf16 (exact) costs less than the
+tensor cores lose to decoding inside the product, and PyTorch's grouped bf16 GEMM
+(`torch._grouped_mm`) is the fastest there is. Parts are ranges of the intermediate size, so that the
+memory beside the result stays within a bound: gate and up rows of a part, their product, and its
+activation; then rows of the down projection, whose products are combined at once.
+
+    tile = bf16(w13[:, part]);  h[:, part] = act(x @ tile.T * scale)
+    tile = bf16(w2[:, part]);   out[:, part] = sum over slots of topk_weight * (h @ tile.T * scale)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeq.experts import ExpertWeights
+from moeq.kernels.triton.gemm import activate
+from moeq.kernels.triton.routing import route
+from moeq.kernels.triton.rows import combine_rows
+
+_ALIGN = 128
+"""Rows of a part are a multiple of it."""
+
+
+def fused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    activation: str,
+    scratch: int,
+    pdl: bool,
+) -> Tensor:
+    """One MoE layer; int8 codes with a scale per row, x bf16 [T, H], T * k > 0.
+
+    Args:
+        x, topk_ids, topk_weights, weights, activation: as in `moeq.kernels.reference`.
+        scratch: bytes of decoded weights held at a time.
+        pdl: kernels may overlap.
+    """
+    (t, h), k = x.shape, topk_ids.shape[1]
+    e, parts, i = weights.num_experts, weights.parts, weights.w2.shape[2]
+    p = t * k
+    routing = route(topk_ids, e, _ALIGN)
+    ends = routing.offsets[1:]
+    rows = x.new_empty(p, h)
+    gather_rows[(p,)](
+        x, rows, routing.pairs, routing.offsets, e, h,
+        TOP_K=k, WIDE=triton.next_power_of_2(h), num_warps=4,
+    )  # fmt: skip
+    mid = x.new_empty(p, i)
+    step = _part(scratch, e, parts * h, i)
+    for first in range(0, i, step):
+        width = min(step, i - first)
+        tile = _decode(weights.w13, parts, first, width)
+        product = torch._grouped_mm(rows, tile.transpose(1, 2), offs=ends)
+        activate_rows[(p, triton.cdiv(width, 2048))](
+            product, weights.w13_scale, weights.w13_scale if weights.b13 is None else weights.b13,
+            mid, routing.pairs, topk_ids, routing.offsets, e, i, first, width,
+            PARTS=parts, ACT=activation, HAS_BIAS=weights.b13 is not None,
+            WIDE=min(2048, triton.next_power_of_2(width)), num_warps=4,
+        )  # fmt: skip
+    out = torch.empty_like(x)
+    step = _part(scratch, e, i, h)
+    for first in range(0, h, step):
+        tile = _decode(weights.w2, 1, first, min(step, h - first))
+        product = torch._grouped_mm(mid, tile.transpose(1, 2), offs=ends)
+        combine_rows(
+            product, topk_ids, topk_weights, out, e,
+            positions=routing.positions, scale=weights.w2_scale, bias=weights.b2, column=first,
+        )  # fmt: skip
+    return out
+
+
+def _part(scratch: int, num_experts: int, depth: int, rows: int) -> int:
+    """Rows decoded at a time: as many as fit, in equal parts."""
+    most = max(_ALIGN, scratch // (2 * num_experts * depth))
+    return min(rows, triton.cdiv(triton.cdiv(rows, triton.cdiv(rows, most)), _ALIGN) * _ALIGN)
+
+
+def _decode(codes: Tensor, parts: int, first: int, width: int) -> Tensor:
+    """int8 [E, parts * N, K] -> bf16 [E, parts * width, K]: rows first.. of every projection."""
+    e, rows, k = codes.shape
+    out = torch.empty(e, parts * width, k, dtype=torch.bfloat16, device=codes.device)
+    wide = min(4096, triton.next_power_of_2(k))
+    decode_rows[(triton.cdiv(k, wide), parts * width, e)](
+        codes, out, first, width, rows // parts, k, PARTS=parts, WIDE=wide, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def gather_rows(x, out, pairs, offsets, E, K, TOP_K: tl.constexpr, WIDE: tl.constexpr):
+    """x [T, K] -> out [P, K]: the row of every sorted pair's token."""
+    r = tl.program_id(0).to(tl.int64)
+    if r >= tl.load(offsets + E):
+        return
+    token = (tl.load(pairs + r) // TOP_K).to(tl.int64)
+    k = tl.arange(0, WIDE)
+    tl.store(out + r * K + k, tl.load(x + token * K + k, mask=k < K), mask=k < K)
+
+
+@triton.jit
+def activate_rows(
+    product,
+    scale,
+    bias,
+    out,
+    pairs,
+    ids,
+    offsets,
+    E,
+    N,
+    FIRST,
+    WIDTH,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """product [P, PARTS * WIDTH], sorted -> columns [FIRST, FIRST + WIDTH) of out [P, N]: scale,
+    bias, activation. Rows past the last local pair are left alone."""
+    r = tl.program_id(0).to(tl.int64)
+    if r >= tl.load(offsets + E):
+        return
+    n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    inside = n < WIDTH
+    base = tl.load(ids + tl.load(pairs + r)).to(tl.int64) * (PARTS * N) + FIRST
+    row = product + r * (PARTS * WIDTH)
+    value = tl.load(row + n, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.load(scale + base + n, mask=inside, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + base + n, mask=inside, other=0.0).to(tl.float32)
+    value = activate(value, ACT)
+    if PARTS == 2:
+        up = tl.load(row + WIDTH + n, mask=inside, other=0.0).to(tl.float32)
+        up *= tl.load(scale + base + N + n, mask=inside, other=0.0)
+        if HAS_BIAS:
+            up += tl.load(bias + base + N + n, mask=inside, other=0.0).to(tl.float32)
+        value *= up
+    tl.store(out + r * N + FIRST + n, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_rows(w, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """w int8 [E, PARTS * N, K] -> out bf16 [E, PARTS * WIDTH, K], unscaled."""
+    k = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    r = tl.program_id(1)
+    e = tl.program_id(2).to(tl.int64)
+    source = e * (PARTS * N) + (r // WIDTH) * N + FIRST + r % WIDTH
+    codes = tl.load(w + source * K + k, mask=k < K, other=0)
+    tl.store(out + (e * (PARTS * WIDTH) + r) * K + k, codes.to(tl.bfloat16), mask=k < K)
