@@ -151,8 +151,8 @@ def products(weights, ids, routing, block_m, t, k):
     x = torch.randn(t, w13.k, dtype=torch.bfloat16, device="cuda")
     h = torch.randn(t * k, w2.k, dtype=torch.bfloat16, device="cuda")
     mid, y = torch.empty_like(h), x.new_empty(t * k, w13.k)
-    a, a_scale = layer._quantize(x, w13, ON, pdl=False)
-    b, b_scale = layer._quantize(h, w2, ON, pdl=False)
+    a, a_scale = layer.quantized(x, w13, ON, pdl=False)
+    b, b_scale = layer.quantized(h, w2, ON, pdl=False)
 
     def up(config: Gemm) -> torch.Tensor:
         layer.run_gemm(a, a_scale, routing, w13, mid, "silu", k, block_m, config, ON,

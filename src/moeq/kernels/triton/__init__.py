@@ -1,1 +1,135 @@
-"""Fused MoE kernels for NVIDIA GPUs, in Triton."""
+"""Experts and linears on NVIDIA GPUs, in Triton: the functions that every backend has.
+
+`plans` decides from the number of tokens how a layer is cut; `layer` launches it. Read `layer` first,
+then `gemm` (the product), `routing` and `gemv`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeq.schemes import OnlineQuantScheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moeq.experts import ExpertWeights
+
+
+def fused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    activation: str,
+) -> Tensor:
+    """One MoE layer after its router.
+
+    Args:
+        x: [T, H], fp16 or bf16.
+        topk_ids: [T, k] integer. An id < 0 or >= E belongs to another rank and adds nothing.
+        topk_weights: [T, k], floating.
+        weights: of the E experts held here.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        [T, H] in the dtype of x, the same bits from run to run.
+    """
+    from moeq.kernels.triton import layer, plans
+
+    t, k = topk_ids.shape
+    if t * k * weights.num_experts == 0:
+        return x.new_zeros(x.shape)
+    arithmetic = plans.arithmetic(x.device, weights.scheme)
+    e, _, h = weights.w13.shape
+    shape = (t, k, e, h, weights.w2.shape[2])
+    path = plans.choose(x.device, weights.scheme, x.dtype, shape)
+    return layer.fused_experts(
+        x.contiguous(),
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
+        weights,
+        activation,
+        path,
+        arithmetic,
+    )
+
+
+def expert_linear(
+    x: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scheme: OnlineQuantScheme,
+    parts: int,
+) -> Tensor:
+    """One projection of the chosen experts: half a layer, for gates that only their model knows.
+
+    Args:
+        x: [T, j, K]; j is k, or 1 where the k experts of a token see the same row.
+        topk_ids: [T, k] integer; ids outside 0..E-1 give rows of zeros.
+        weight: codes [E, N, K].
+        scale: fp32, `scale_shape(scheme.granularity, weight.shape, parts)`.
+        bias: [E, N] or None.
+        scheme: what the codes mean.
+        parts: projections stacked along N.
+
+    Returns:
+        [T, k, N] in the dtype of x.
+    """
+    from moeq.kernels.triton import layer, plans
+    from moeq.kernels.triton.routing import route
+
+    (t, k), j = topk_ids.shape, x.shape[1]
+    e, n, depth = weight.shape
+    if t * k * e == 0:
+        return x.new_zeros(t, k, n)
+    arithmetic = plans.arithmetic(x.device, scheme)
+    w = layer.Projection(scheme, weight, scale, bias, parts)
+    ids = topk_ids.contiguous()
+    rows = x.reshape(t * j, depth).contiguous()
+    a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
+    path = plans.choose(x.device, scheme, x.dtype, (t, k, e, depth, n // parts), library=False)
+    if isinstance(path, layer.GemvPath):
+        out = x.new_empty(t * k, n)
+        layer.gemv_up(a, a_scale, ids, w, out, "", path.up, arithmetic, pdl=a is not rows)
+        return out.view(t, k, n)
+    assert isinstance(path, layer.GemmPath)
+    out = x.new_zeros(t * k, n)
+    routing = route(ids, e, path.block_m)
+    config = path.up if parts == 2 else path.down
+    layer.run_gemm(
+        a, a_scale, routing, w, out, "", k, path.block_m, config, arithmetic,
+        x_rows="pair" if j == k else "token", out_rows="pair",
+    )  # fmt: skip
+    return out.view(t, k, n)
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: OnlineQuantScheme
+) -> Tensor:
+    """A quantized `nn.Linear`: x [..., K], codes [N, K], bias [N] or None -> [..., N]."""
+    from moeq.kernels.triton import layer, plans
+
+    n, depth = weight.shape
+    rows = x.reshape(-1, depth).contiguous()
+    out = x.new_empty(len(rows), n)
+    if len(rows) > 0:
+        arithmetic = plans.arithmetic(x.device, scheme)
+        one = None if bias is None else bias[None]
+        w = layer.Projection(scheme, weight[None], scale[None], one, 1)
+        a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
+        shape = (len(rows), 1, 1, depth, n)
+        path = plans.choose(x.device, scheme, x.dtype, shape, library=False)
+        if isinstance(path, layer.GemvPath):
+            layer.gemv_up(a, a_scale, None, w, out, "", path.up, arithmetic, pdl=a is not rows)
+        else:
+            assert isinstance(path, layer.GemmPath)
+            layer.run_gemm(
+                a, a_scale, None, w, out, "", 1, path.block_m, path.down, arithmetic,
+                x_rows="sorted", out_rows="sorted",
+            )  # fmt: skip
+    return out.view(*x.shape[:-1], n)

@@ -76,8 +76,10 @@ def grouped_gemm(
     offsets,
     tile_expert,
     tile_row,
+    R,
     N,
     K,
+    DENSE: tl.constexpr,
     TOP_K: tl.constexpr,
     X_ROWS: tl.constexpr,
     OUT_ROWS: tl.constexpr,
@@ -99,7 +101,7 @@ def grouped_gemm(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [*, K], w [E, PARTS * N, K] -> out [*, N].
+    """x [*, K], w [E, PARTS * N, K] -> out [*, N]. DENSE: E is 1 and all R rows belong to it.
 
     X_ROWS, OUT_ROWS: which row of x and of out belongs to sorted row r: "sorted" r itself, "pair"
     the pair (token, slot) that r is, "token" its token. ACT "" applies nothing; with PARTS == 2 and
@@ -118,11 +120,16 @@ def grouped_gemm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    expert = tl.load(tile_expert + m)
-    if expert < 0:
-        return
-    start = tl.load(tile_row + m)
-    stop = tl.load(offsets + expert + 1)
+    if DENSE:
+        expert = 0
+        start = m * BLOCK_M
+        stop = R
+    else:
+        expert = tl.load(tile_expert + m)
+        if expert < 0:
+            return
+        start = tl.load(tile_row + m)
+        stop = tl.load(offsets + expert + 1)
     if HALVES:
         _block_tile(
             x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
@@ -194,7 +201,7 @@ def _tile(
     w_row = part * N + col
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    w_ptrs = w + expert.to(tl.int64) * (PARTS * N) * K + w_row[:, None] * K + k[None, :]
+    w_ptrs = w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64)) + w_row[:, None] * K + k[None, :]
 
     if SCALES == "block":
         grid_n = tl.cdiv(N, BLOCK)
@@ -346,7 +353,7 @@ def _block_tile(
     row = tl.minimum(col, N - 1)
     other = tl.minimum(col, N - 1) + N if PARTS == 2 else tl.minimum(col + HALF, N - 1)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    base = w + expert.to(tl.int64) * (PARTS * N) * K
+    base = w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64))
     w_ptrs = base + row[:, None] * K + k[None, :]
     other_ptrs = base + other[:, None] * K + k[None, :]
     grid_n = tl.cdiv(N, BLOCK)

@@ -47,6 +47,7 @@ def up(
     E,
     N,
     K,
+    DENSE: tl.constexpr,
     X_PER_PAIR: tl.constexpr,
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -59,11 +60,12 @@ def up(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [T, K] or [P, K], w [E, PARTS * N, K] -> out [P, N], or [P, PARTS * N] where ACT is ""."""
+    """x [T, K] or [P, K], w [E, PARTS * N, K] -> out [P, N], or [P, PARTS * N] where ACT is "".
+    Rows of ids that are not local are zeros. DENSE: E is 1 and ids are not read."""
     pair = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.load(ids + pair).to(tl.int32)
+    expert = 0 if DENSE else tl.load(ids + pair).to(tl.int32)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width = N if ACT != "" else PARTS * N
     if (expert < 0) | (expert >= E):
@@ -76,7 +78,7 @@ def up(
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64) * K + k
-    w_ptrs = w + expert.to(tl.int64) * (PARTS * N) * K + row[:, None] * K + k[None, :]
+    w_ptrs = w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64)) + row[:, None] * K + k[None, :]
     acc = tl.zeros((ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
     acc_up = acc
     grid_n = tl.cdiv(N, BLOCK)

@@ -28,6 +28,9 @@ from moeq.schemes import Granularity, OnlineQuantScheme
 
 _SCALES = {Granularity.TENSOR: "tensor", Granularity.CHANNEL: "channel", Granularity.BLOCK: "block"}
 
+_EXACT_PAIRS = 1024
+"""Pairs up to which outputs of experts wait for their sum in fp32; more of them cost bandwidth."""
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -135,21 +138,21 @@ def fused_experts(
         )
     out = torch.empty_like(x)
     if isinstance(path, GemvPath):
-        a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
+        a, a_scale = quantized(x, w13, arithmetic, pdl=False)
         mid = x.new_empty(t * k, w2.k)
         gemv_up(a, a_scale, topk_ids, w13, mid, activation, path.up, arithmetic, pdl=a is not x)
-        a, a_scale = _quantize(mid, w2, arithmetic)
+        a, a_scale = quantized(mid, w2, arithmetic)
         gemv_down(a, a_scale, topk_ids, topk_weights, w2, out, path.down, arithmetic)
         return out
     routing = route(topk_ids, weights.num_experts, path.block_m)
-    a, a_scale = _quantize(x, w13, arithmetic, pdl=False)
+    a, a_scale = quantized(x, w13, arithmetic, pdl=False)
     mid = x.new_empty(t * k, w2.k)
     run_gemm(
         a, a_scale, routing, w13, mid, activation, k, path.block_m, path.up, arithmetic,
         x_rows="token", out_rows="sorted",
     )  # fmt: skip
-    a, a_scale = _quantize(mid, w2, arithmetic)
-    y = x.new_empty(t * k, h)
+    a, a_scale = quantized(mid, w2, arithmetic)
+    y = x.new_empty(t * k, h, dtype=torch.float32 if t * k <= _EXACT_PAIRS else x.dtype)
     run_gemm(
         a, a_scale, routing, w2, y, "", k, path.block_m, path.down, arithmetic,
         x_rows="sorted", out_rows="pair",
@@ -160,7 +163,7 @@ def fused_experts(
 def run_gemm(
     x: Tensor,
     x_scale: Tensor | None,
-    routing: Routing,
+    routing: Routing | None,
     w: Projection,
     out: Tensor,
     activation: str,
@@ -172,9 +175,14 @@ def run_gemm(
     x_rows: str,
     out_rows: str,
 ) -> None:
-    """One `gemm.grouped_gemm`; `out` is written where there are rows."""
+    """One `gemm.grouped_gemm`; `out` is written where there are rows. Without a routing all rows
+    belong to the one expert there is."""
     cols = config.block_n // w.parts
-    grid = (routing.tiles * triton.cdiv(w.n, cols),)
+    tiles = triton.cdiv(x.shape[0], block_m) if routing is None else routing.tiles
+    grid = (tiles * triton.cdiv(w.n, cols),)
+    tables = (x,) * 4 if routing is None else (
+        routing.pairs, routing.offsets, routing.tile_expert, routing.tile_row,
+    )  # fmt: skip
     gemm.grouped_gemm[grid](
         x,
         x if x_scale is None else x_scale,
@@ -182,12 +190,11 @@ def run_gemm(
         w.scale,
         w.scale if w.bias is None else w.bias,
         out,
-        routing.pairs,
-        routing.offsets,
-        routing.tile_expert,
-        routing.tile_row,
+        *tables,
+        x.shape[0],
         w.n,
         w.k,
+        DENSE=routing is None,
         TOP_K=top_k,
         X_ROWS=x_rows,
         OUT_ROWS=out_rows,
@@ -217,7 +224,7 @@ def run_gemm(
 def gemv_up(
     x: Tensor,
     x_scale: Tensor | None,
-    topk_ids: Tensor,
+    topk_ids: Tensor | None,
     w: Projection,
     out: Tensor,
     activation: str,
@@ -226,13 +233,14 @@ def gemv_up(
     *,
     pdl: bool,
 ) -> None:
-    """One `gemv.up`: x [T or P, K] -> out [P, N], or [P, parts * N] without an activation."""
-    pairs = topk_ids.numel()
+    """One `gemv.up`: x [T or P, K] -> out [P, N], or [P, parts * N] without an activation. Without
+    ids all rows belong to the one expert there is."""
+    pairs = out.shape[0]
     pdl = pdl and arithmetic.pdl
     gemv.up[(triton.cdiv(w.n, config.rows), pairs)](
         x,
         x if x_scale is None else x_scale,
-        topk_ids,
+        x if topk_ids is None else topk_ids,
         _codes(w.codes, arithmetic),
         w.scale,
         w.scale if w.bias is None else w.bias,
@@ -240,8 +248,9 @@ def gemv_up(
         w.codes.shape[0],
         w.n,
         w.k,
+        DENSE=topk_ids is None,
         X_PER_PAIR=x.shape[0] == pairs,
-        TOP_K=topk_ids.shape[1],
+        TOP_K=1 if topk_ids is None else topk_ids.shape[1],
         PARTS=w.parts,
         ACT=activation,
         SCALES=_SCALES[w.scheme.granularity],
@@ -324,7 +333,7 @@ def quantize_rows(
     return codes, scale
 
 
-def _quantize(
+def quantized(
     x: Tensor, w: Projection, arithmetic: Arithmetic, *, pdl: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Rows as the product takes them, and their scales where they are quantized."""

@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_FEW = 4096
+"""Pairs that one kernel sorts; more are counted by a kernel of their own first."""
+
 _CHUNK = 1024
-"""Pairs looked at at a time."""
+"""Pairs that a program of the counting kernel counts, and that any program ranks at a time."""
 
-_WARPS = 4
-
-_SEGMENT = 4096
-"""Pairs of one program; more pairs are counted by a kernel of its own first."""
+_SEGMENT = 4
+"""Chunks that a program of the placing kernel ranks, where there are many pairs."""
 
 
 class Routing(NamedTuple):
@@ -66,53 +67,53 @@ def route(topk_ids: Tensor, num_experts: int, block_m: int) -> Routing:
         2 * p + num_experts + 1 + 2 * tiles, dtype=torch.int32, device=topk_ids.device
     )
     routing = Routing(*new.split([p, p, num_experts + 1, tiles, tiles]))
-    segment = max(_SEGMENT, triton.next_power_of_2(triton.cdiv(p, 16)))
-    segments = triton.cdiv(p, segment)
     padded = triton.next_power_of_2(max(num_experts, 16))
-    chunk = min(_CHUNK, triton.next_power_of_2(max(p, 32)))
-    counts = routing.pairs
-    if segments > 1:
-        counts = torch.empty(segments, padded, dtype=torch.int32, device=topk_ids.device)
-        _count[(segments,)](topk_ids, counts, p, num_experts, segment, padded, chunk, num_warps=4)
-    _place[(num_experts, segments)](
-        topk_ids,
-        counts,
-        *routing,
-        p,
-        num_experts,
-        tiles,
-        segment,
-        block_m,
-        padded,
-        triton.next_power_of_2(segments),
-        chunk,
-        num_warps=_WARPS,
-    )
+    if p <= _FEW:
+        chunk = triton.next_power_of_2(max(p, 32))
+        _place[(num_experts, 1)](
+            topk_ids, topk_ids, topk_ids, *routing, p, num_experts, tiles, block_m,
+            PADDED=padded, COUNTED=False, CHUNKS=1, CHUNK=chunk, COLUMN=1,
+            num_warps=4 if chunk <= 1024 else 8,
+        )  # fmt: skip
+        return routing
+    chunks = triton.cdiv(p, _CHUNK)
+    device = topk_ids.device
+    small_ids = torch.empty(p, dtype=torch.int16, device=device)
+    counts = torch.empty(chunks, num_experts, dtype=torch.int32, device=device)
+    totals = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    _count[(chunks,)](
+        topk_ids, small_ids, counts, totals, p, num_experts,
+        PADDED=padded, CHUNK=_CHUNK, num_warps=4,
+    )  # fmt: skip
+    _place[(num_experts, triton.cdiv(chunks, _SEGMENT))](
+        small_ids, counts, totals, *routing, p, num_experts, tiles, block_m,
+        PADDED=padded, COUNTED=True, CHUNKS=_SEGMENT, CHUNK=_CHUNK,
+        COLUMN=triton.next_power_of_2(chunks), num_warps=4,
+    )  # fmt: skip
     return routing
 
 
 @triton.jit
-def _histogram(ids, start, stop, E, PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    """How many ids in [start, stop) name each expert: int32 [PADDED]."""
-    counts = tl.zeros((PADDED,), tl.int32)
-    for at in range(start, stop, CHUNK):
-        i = at + tl.arange(0, CHUNK)
-        expert = tl.load(ids + i, mask=i < stop, other=-1).to(tl.int32)
-        counts += tl.histogram(expert, PADDED, mask=(expert >= 0) & (expert < E))
-    return counts
-
-
-@triton.jit
-def _count(ids, counts, P, E, segment, PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    start = tl.program_id(0) * segment
-    found = _histogram(ids, start, tl.minimum(start + segment, P), E, PADDED, CHUNK)
-    tl.store(counts + tl.program_id(0) * PADDED + tl.arange(0, PADDED), found)
+def _count(
+    ids, small_ids, counts, totals, P, E, PADDED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Histogram of every chunk, and of all of them (sums of integers: any order gives the same);
+    and the ids in 16 bits, because every expert's programs will read all of them."""
+    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    expert = tl.load(ids + i, mask=i < P, other=-1).to(tl.int32)
+    local = (expert >= 0) & (expert < E)
+    tl.store(small_ids + i, tl.where(local, expert, -1).to(tl.int16), mask=i < P)
+    found = tl.histogram(expert, PADDED, mask=local)
+    every = tl.arange(0, PADDED)
+    tl.store(counts + tl.program_id(0) * E + every, found, mask=every < E)
+    tl.atomic_add(totals + every, found, mask=every < E)
 
 
 @triton.jit
 def _place(
     ids,
     counts,
+    totals,
     pairs,
     positions,
     offsets,
@@ -121,43 +122,39 @@ def _place(
     P,
     E,
     tiles,
-    segment,
     BLOCK_M,
     PADDED: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    COUNTED: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    COLUMN: tl.constexpr,
 ):
+    """Rows, and tiles, of expert program_id(0); of the CHUNKS chunks of program_id(1)."""
     me = tl.program_id(0)
-    my_segment = tl.program_id(1)
     every = tl.arange(0, PADDED)
-    start = my_segment * segment
-    stop = tl.minimum(start + segment, P)
-    if SEGMENTS == 1:
-        total = _histogram(ids, 0, P, E, PADDED, CHUNK)
-        earlier = 0
+    first_chunk = tl.program_id(1) * CHUNKS
+    if COUNTED:
+        total = tl.load(totals + every, mask=every < E, other=0)
+        c = tl.arange(0, COLUMN)
+        earlier = tl.sum(tl.load(counts + c * E + me, mask=c < first_chunk, other=0), 0)
     else:
-        s = tl.arange(0, SEGMENTS)
-        table = tl.load(
-            counts + s[:, None] * PADDED + every[None, :],
-            mask=(s < tl.num_programs(1))[:, None],
-            other=0,
-        )
-        total = tl.sum(table, 0)
-        before = (s < my_segment)[:, None] & (every == me)[None, :]
-        earlier = tl.sum(tl.sum(tl.where(before, table, 0), 1), 0)
+        i = tl.arange(0, CHUNK)
+        expert = tl.load(ids + i, mask=i < P, other=-1).to(tl.int32)
+        total = tl.histogram(expert, PADDED, mask=(expert >= 0) & (expert < E))
+        earlier = 0
     mine = tl.sum(tl.where(every == me, total, 0), 0)
     first = tl.sum(tl.where(every < me, total, 0), 0)
 
     row = first + earlier
-    for at in range(start, stop, CHUNK):
-        i = at + tl.arange(0, CHUNK)
-        is_mine = tl.load(ids + i, mask=i < stop, other=-1).to(tl.int32) == me
+    for chunk in tl.static_range(CHUNKS):
+        i = (first_chunk + chunk) * CHUNK + tl.arange(0, CHUNK)
+        is_mine = tl.load(ids + i, mask=i < P, other=-1).to(tl.int32) == me
         rank = tl.cumsum(is_mine.to(tl.int32), 0)
         tl.store(pairs + row + rank - 1, i, mask=is_mine)
         tl.store(positions + i, row + rank - 1, mask=is_mine)
         row += tl.sum(is_mine.to(tl.int32), 0)
 
-    if my_segment == 0:
+    if first_chunk == 0:
         tl.store(offsets + me, first)
         each = tl.cdiv(total, BLOCK_M)
         base = tl.sum(tl.where(every < me, each, 0), 0)

@@ -1,9 +1,10 @@
-"""Weights to codes on the GPU: `moeq.quantize`, bit for bit, in one pass over memory.
+"""Weights to codes on the GPU: `moeq.quantize`, bit for bit.
 
-    channel   a program reads a row once, keeps it in registers, and writes codes and scale
-    block     the same for 128 rows x 128 columns
-    tensor    amax first (a maximum needs no order, so programs may meet in one word), then codes;
-              the second pass of a matrix that fits into L2 reads it from there
+    block     a program reads 128 x 128 weights, keeps them in registers, writes scale and codes
+    channel   a program goes twice over some rows; the second time they come from L1
+    tensor    amax first (a maximum needs no order, so programs may meet in one word), then codes,
+              from the end: what was read last is still in L2. A matrix that does not fit there
+              is read twice
 
 Scales of groups with NaN or Inf come out as NaN or Inf: `moeq.quantize.check_finite` finds them.
 """
@@ -22,6 +23,10 @@ from moeq.schemes import Granularity
 
 _TILE = 1 << 14
 """Elements of a program where any number will do."""
+
+_HEIGHT, _STEP = 4, 512
+"""Rows of a program, and columns that it takes at a time: a power of two wastes lanes on rows of
+768 or 14336."""
 
 
 def quantize_weight(
@@ -44,11 +49,9 @@ def quantize_weight(
         return
     match granularity:
         case Granularity.CHANNEL:
-            wide = triton.next_power_of_2(k)
-            height = max(1, min(4, _TILE // wide))
-            warps = max(4, min(16, wide * height // 2048))
-            grid = (triton.cdiv(n, height),)
-            _rows[grid](weight, codes, scale, n, k, HEIGHT=height, WIDE=wide, num_warps=warps)
+            step = min(_STEP, triton.next_power_of_2(k))
+            grid = (triton.cdiv(n, _HEIGHT),)
+            _rows[grid](weight, codes, scale, n, k, HEIGHT=_HEIGHT, STEP=step, num_warps=4)
         case Granularity.BLOCK:
             grid = (triton.cdiv(k, 128), triton.cdiv(n, 128))
             _blocks[grid](weight, codes, scale, n, k, num_warps=8)
@@ -79,16 +82,23 @@ def _magnitude(value):
 
 
 @triton.jit
-def _rows(w, codes, scale, N, K, HEIGHT: tl.constexpr, WIDE: tl.constexpr):
+def _rows(w, codes, scale, N, K, HEIGHT: tl.constexpr, STEP: tl.constexpr):
     n = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
-    k = tl.arange(0, WIDE)
+    k = tl.arange(0, STEP)
     at = n.to(tl.int64)[:, None] * K + k[None, :]
-    mask = (n < N)[:, None] & (k < K)[None, :]
-    value = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
-    amax = tl.max(_magnitude(value), 1).to(tl.float32, bitcast=True)
+    magnitude = tl.zeros((HEIGHT, STEP), tl.int32)
+    for k0 in range(0, K, STEP):
+        mask = (n < N)[:, None] & (k < K - k0)[None, :]
+        value = tl.load(w + at + k0, mask=mask, other=0.0).to(tl.float32)
+        magnitude = tl.maximum(magnitude, _magnitude(value))
+    amax = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
     by_row = scale_of(amax, codes.dtype.element_ty)
     tl.store(scale + n, by_row, mask=n < N)
-    tl.store(codes + at, encode(value, by_row[:, None], codes.dtype.element_ty), mask=mask)
+    for k0 in range(0, K, STEP):
+        mask = (n < N)[:, None] & (k < K - k0)[None, :]
+        value = tl.load(w + at + k0, mask=mask, other=0.0).to(tl.float32)
+        code = encode(value, by_row[:, None], codes.dtype.element_ty)
+        tl.store(codes + at + k0, code, mask=mask)
 
 
 @triton.jit
@@ -116,6 +126,7 @@ def _encode(w, amax, codes, scale, size, TILE: tl.constexpr):
     mine = scale_of(tl.load(amax), codes.dtype.element_ty)
     if tl.program_id(0) == 0:
         tl.store(scale, mine)
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    last = tl.num_programs(0) - 1
+    at = (last - tl.program_id(0)).to(tl.int64) * TILE + tl.arange(0, TILE)
     value = tl.load(w + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(codes + at, encode(value, mine, codes.dtype.element_ty), mask=at < size)
