@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -29,6 +30,8 @@ class KernelRequest:
         dtype: of the activations.
         activation: a key of `moeq.kernels.activations.ACTIVATIONS`; None where the model's own
             gate runs between the two halves of the layer, and for linears.
+        num_experts: E held on the device; 0 where the question is a general one.
+        width: the longest row of a weight or an activation, max(H, I); likewise.
     """
 
     kind: LayerKind
@@ -36,6 +39,8 @@ class KernelRequest:
     device: torch.device
     dtype: torch.dtype
     activation: str | None = None
+    num_experts: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,69 @@ class Choice:
     rejected: tuple[tuple[str, str], ...]
 
 
+TRITON_CAPABILITY = (8, 0)
+"""First compute capability with bf16 and asynchronous copies: Ampere."""
+
+TRITON_EXPERTS = 4096
+"""Experts of one layer that the routing kernel can count."""
+
+TRITON_WIDTH = 1 << 16
+"""Elements of a row that one program quantizes."""
+
+
+def _triton_rejects(request: KernelRequest, named: bool) -> str:
+    if request.device.type != "cuda":
+        return f"runs on NVIDIA GPUs, not on {request.device.type}"
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs, and this PyTorch is built for AMD's"
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (request.device.index or 0) >= visible:
+        return f"{request.device} is not there: {visible} CUDA devices are visible"
+    if find_spec("triton") is None:
+        return "needs the package triton, which comes with PyTorch's CUDA builds"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 or float16 activations, not {request.dtype}"
+    if request.num_experts > TRITON_EXPERTS:
+        return f"routes to at most {TRITON_EXPERTS} experts, not {request.num_experts}"
+    if request.width > TRITON_WIDTH:
+        return f"takes rows of at most {TRITON_WIDTH} elements, not {request.width}"
+    from moeq.kernels.triton import plans
+
+    gpu = plans.gpu(request.device)
+    if gpu.capability < TRITON_CAPABILITY:
+        return (
+            f"needs compute capability {_dotted(TRITON_CAPABILITY)},"
+            f" {request.device} has {_dotted(gpu.capability)}"
+        )
+    least = plans.least_shared_memory(
+        request.scheme, plans.arithmetic(request.device, request.scheme), request.dtype
+    )
+    if gpu.shared_memory < least:
+        return (
+            f"needs {least} bytes of shared memory per block,"
+            f" {request.device} has {gpu.shared_memory}"
+        )
+    return ""
+
+
+def _triton_note(request: KernelRequest) -> str:
+    from moeq.kernels.triton import plans
+
+    if plans.arithmetic(request.device, request.scheme).fp8_bits:
+        return (
+            f"no fp8 units at compute capability {_dotted(plans.gpu(request.device).capability)}"
+            f" (they begin at {_dotted(plans.FP8_CAPABILITY)}), so activations stay unquantized"
+        )
+    return ""
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _cpu_rejects(request: KernelRequest, named: bool) -> str:
     if request.device.type != "cpu":
-        return f"runs on the CPU, not on {request.device.type}; GPU kernels are not there yet"
+        return f"runs on the CPU, not on {request.device.type}"
     if request.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 or float32 activations, not {request.dtype}"
     return ""
@@ -84,6 +149,7 @@ def _no_note(request: KernelRequest) -> str:
 
 
 BACKENDS = (
+    Backend("triton", "moeq.kernels.triton", _triton_rejects, _triton_note),
     Backend("cpu", "moeq.kernels.cpu", _cpu_rejects, _cpu_note),
     Backend("reference", "moeq.kernels.reference", _reference_rejects, _no_note),
 )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from moeq.plan import LoadPlan
 
 _SAMPLE_EVERY_SECONDS = 0.005
@@ -112,22 +114,27 @@ def size(nbytes: int) -> str:
 
 
 class PeakMemory:
-    """Samples the process's anonymous memory while it is entered.
+    """Samples the process's anonymous memory while it is entered; or, where the weights go to a
+    CUDA device, reads the most that PyTorch had allocated there.
 
     Anonymous pages are what a process cannot give back; mapped files are left out. Read from
     /proc, so `peak_bytes` stays None where there is none (macOS). A load that fails need not leave
     it: the sampling thread ends when nobody holds the object any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.peak_bytes: int | None = None
+        self._device = device if device is not None and device.type == "cuda" else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
         self._start_bytes = anonymous_bytes()
         self._highest = self._start_bytes or 0
 
     def __enter__(self) -> PeakMemory:
-        if self._start_bytes is not None:
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._allocated = torch.cuda.memory_allocated(self._device)
+        elif self._start_bytes is not None:
             self._thread.start()
         return self
 
@@ -138,7 +145,10 @@ class PeakMemory:
         trace: TracebackType | None,
     ) -> None:
         self._stop.set()
-        if self._start_bytes is not None:
+        if self._device is not None:
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self.peak_bytes = peak - self._allocated
+        elif self._start_bytes is not None:
             self._thread.join()
             self.sample()
             self.peak_bytes = self._highest - self._start_bytes

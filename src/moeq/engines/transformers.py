@@ -129,12 +129,12 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f" {files[0] if files else 'a state dict'}"
             )
         self._started = time.perf_counter()
-        self._memory = PeakMemory()
-        self._memory.__enter__()
         self._read_bytes = 0
         self._model = model
         self._dtype = kwargs.get("dtype") or torch.get_default_dtype()
         self._device = _single_device(kwargs.get("device_map"))
+        self._memory = PeakMemory(self._device)
+        self._memory.__enter__()
         self._specs = read_headers([Path(file) for file in files])
         self._targets, self._kept = find_targets(model, self.quantization_config)
         if self.pre_quantized:

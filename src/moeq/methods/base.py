@@ -28,8 +28,9 @@ from moeq import ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
+from moeq.methods.matrices import quantize_matrix
 from moeq.oracle import Choice, KernelRequest, select_backend
-from moeq.quantize import WEIGHT_DTYPES, amax, check_finite, quantize, scale_from_amax
+from moeq.quantize import WEIGHT_DTYPES, check_finite
 from moeq.schemes import OnlineQuantScheme
 
 _ALIGNMENT = 64
@@ -88,6 +89,7 @@ class OnlineMoEMethodBase:
         self._local = {expert: slot for slot, expert in enumerate(local)}
         self._num_experts = num_experts
         self._is_gated = is_gated
+        self._hidden = hidden_size
         self._intermediate = intermediate_size
         self._dtype = dtype
         parts = 2 if is_gated else 1
@@ -144,9 +146,7 @@ class OnlineMoEMethodBase:
                 f" for the {projection} projection of expert {expert}"
             )
         check_weight_dtype(weight, name)
-        group_amax = amax(weight, self.scheme.granularity)
-        check_finite(weight, group_amax, name)
-        self._quantize(layer, expert, projection, weight, group_amax)
+        self._quantize(layer, expert, projection, weight, name)
         self._waiting.discard((expert, projection))
 
     def load_bias(
@@ -209,7 +209,15 @@ class OnlineMoEMethodBase:
         Raises:
             BackendError: none does.
         """
-        request = KernelRequest("moe", self.scheme, device, self._dtype, activation)
+        request = KernelRequest(
+            "moe",
+            self.scheme,
+            device,
+            self._dtype,
+            activation,
+            num_experts=len(self._local),
+            width=max(self._hidden, self._intermediate),
+        )
         return select_backend(request, self.backend)
 
     def mark_loaded(self, layer: nn.Module, name: str) -> None:
@@ -302,13 +310,11 @@ class OnlineMoEMethodBase:
         return torch.where(local[..., None], weighted, 0).sum(1).to(x.dtype)
 
     def _quantize(
-        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, amax: Tensor
+        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, name: str
     ) -> None:
         """Scale and codes of one projection, written into final storage."""
         codes, scale = self._views(layer, expert, projection)
-        scale.copy_(scale_from_amax(amax, self.scheme.weight_dtype))
-        weight = weight.to(codes.device)
-        quantize(weight, scale, self.scheme.weight_dtype, self.scheme.granularity, out=codes)
+        quantize_matrix(weight, self.scheme.granularity, codes, scale, name)
 
     def _views(
         self, layer: nn.Module, expert: int, projection: Projection

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.methods.base import OnlineMoEMethodBase, Projection
-from moeq.quantize import quantize, scale_from_amax
+from moeq.methods.matrices import matrix_amax, quantize_under
 from moeq.schemes import OnlineQuantScheme
 
 
@@ -38,18 +38,19 @@ class Fp8PerTensorOnlineMoEMethod(OnlineMoEMethodBase):
         self._first: dict[int, tuple[Projection, Tensor, Tensor]] = {}
 
     def _quantize(
-        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, amax: Tensor
+        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, name: str
     ) -> None:
         if projection == "down" or not self._is_gated:
-            super()._quantize(layer, expert, projection, weight, amax)
+            super()._quantize(layer, expert, projection, weight, name)
             return
+        _, scale = self._views(layer, expert, projection)
+        weight = weight.to(scale.device).contiguous()
+        amax = matrix_amax(weight, name)
         if expert not in self._first:
             self._first[expert] = (projection, weight.clone(), amax)
             return
         other, other_weight, other_amax = self._first.pop(expert)
-        _, scale = self._views(layer, expert, projection)
-        scale.copy_(scale_from_amax(torch.maximum(amax, other_amax), self.scheme.weight_dtype))
+        shared = torch.maximum(amax, other_amax)
         for part, matrix in ((other, other_weight), (projection, weight)):
             codes, _ = self._views(layer, expert, part)
-            matrix = matrix.to(codes.device)
-            quantize(matrix, scale, self.scheme.weight_dtype, self.scheme.granularity, out=codes)
+            quantize_under(matrix, shared, codes, scale)

@@ -10,8 +10,9 @@ from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
 from moeq.methods.base import align, check_scale, check_weight_dtype, parameter, register_meta
+from moeq.methods.matrices import quantize_matrix
 from moeq.oracle import Choice, KernelRequest, select_backend
-from moeq.quantize import amax, check_finite, dequantize, quantize, scale_from_amax
+from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
 
 
@@ -30,6 +31,7 @@ class OnlineLinearMethod:
     ) -> None:
         """Register codes [out, in] and fp32 scales on the meta device; `dtype`: activations'."""
         self._dtype = dtype
+        self._width = max(in_features, out_features)
         shape = (out_features, in_features)
         register_meta(layer, "weight_codes", shape, self.scheme.weight_dtype)
         grid = scale_shape(self.scheme.granularity, shape)
@@ -48,11 +50,10 @@ class OnlineLinearMethod:
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
         check_weight_dtype(weight, name)
-        granularity, dtype = self.scheme.granularity, self.scheme.weight_dtype
-        group_amax = amax(weight, granularity)
-        check_finite(weight, group_amax, name)
-        scale = scale_from_amax(group_amax, dtype).to(device)
-        codes = quantize(weight.to(device), scale, dtype, granularity)
+        granularity = self.scheme.granularity
+        codes = torch.empty(shape, dtype=self.scheme.weight_dtype, device=device)
+        scale = torch.empty(scale_shape(granularity, shape), dtype=torch.float32, device=device)
+        quantize_matrix(weight, granularity, codes, scale, name)
         layer.weight_codes = nn.Parameter(codes, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
         self._loaded = True
@@ -63,7 +64,9 @@ class OnlineLinearMethod:
         Raises:
             BackendError: none does.
         """
-        request = KernelRequest("linear", self.scheme, device, self._dtype)
+        request = KernelRequest(
+            "linear", self.scheme, device, self._dtype, num_experts=1, width=self._width
+        )
         return select_backend(request, self.backend)
 
     def mark_loaded(self, layer: nn.Module, name: str) -> None:

@@ -8,10 +8,6 @@ what the hardware's conversion does (PyTorch's gives NaN).
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import numpy as np
 import torch
 import triton.language as tl
@@ -70,8 +66,17 @@ def _create_fma(self, x, y, z):
     return interpreter.TensorHandle((exact + z.data).astype(np.float32), z.dtype.scalar)
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def repair() -> None:
-    """Replace the casts; for the whole process."""
+    """Replace what is wrong; for the whole process. (Also: NumPy 2.4 has no int() of an array.)"""
+    interpreter._patch_lang_tensor = _patch_tensor
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.cast_impl = _cast_impl
     interpreter.InterpreterBuilder.create_fma = _create_fma

@@ -1,14 +1,12 @@
 """Experts and linears on NVIDIA GPUs, in Triton: the functions that every backend has.
 
-`plans` decides from the number of tokens how a layer is cut; `layer` launches it. Read `layer` first,
-then `gemm` (the product), `routing` and `gemv`.
+`plans` decides from the number of tokens how a layer is cut; `layer` launches it. Read `layer`
+first, then `gemm` (the product), `routing` and `gemv`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-import torch
 
 from moeq.schemes import OnlineQuantScheme
 

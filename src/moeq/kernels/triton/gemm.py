@@ -50,18 +50,17 @@ def activate(x, ACT: tl.constexpr):
     """The elementwise functions of `moeq.kernels.activations`, on fp32."""
     if ACT == "silu":
         return x / (1.0 + tl.exp(-x))
-    elif ACT == "gelu":
+    if ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
+    if ACT == "gelu_tanh":
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x - x / (1.0 + tl.exp(2.0 * u))
-    elif ACT == "relu":
+    if ACT == "relu":
         return tl.maximum(x, 0.0)
-    elif ACT == "relu2":
+    if ACT == "relu2":
         r = tl.maximum(x, 0.0)
         return r * r
-    else:
-        return x
+    return x
 
 
 @triton.jit
@@ -201,7 +200,9 @@ def _tile(
     w_row = part * N + col
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    w_ptrs = w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64)) + w_row[:, None] * K + k[None, :]
+    w_ptrs = (
+        w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64)) + w_row[:, None] * K + k[None, :]
+    )
 
     if SCALES == "block":
         grid_n = tl.cdiv(N, BLOCK)

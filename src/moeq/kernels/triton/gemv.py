@@ -26,13 +26,12 @@ def _values(codes, FP8_BITS: tl.constexpr, INTEGER: tl.constexpr):
     which takes half the instructions of a conversion."""
     if INTEGER:
         return codes.to(tl.int32)
-    elif FP8_BITS:
+    if FP8_BITS:
         return decode_codes(codes, tl.bfloat16, FP8_BITS).to(tl.float32)
-    elif codes.dtype == tl.int8:
+    if codes.dtype == tl.int8:
         bits = codes.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080
         return bits.to(tl.float32, bitcast=True) - 8388736.0
-    else:
-        return codes.to(tl.float32)
+    return codes.to(tl.float32)
 
 
 @triton.jit

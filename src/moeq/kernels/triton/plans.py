@@ -53,8 +53,11 @@ def gpu(device: torch.device) -> Gpu:
     """The GPU at `device`; for a CPU the interpreter."""
     if device.type != "cuda":
         return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = driver.active.utils.get_device_properties(index)
+    return Gpu(torch.cuda.get_device_capability(index), properties["max_shared_mem"])
 
 
 @functools.cache
@@ -141,7 +144,9 @@ def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torc
     """Bytes of shared memory below which some number of tokens has no tiling."""
     sizes = (1, 1) if math.codes else (dtype.itemsize, 1)
     return max(
-        shared_memory(fitted(Gemm(**entry[name]), entry["block_m"], sizes, 0), entry["block_m"], sizes)
+        shared_memory(
+            fitted(Gemm(**entry[name]), entry["block_m"], sizes, 0), entry["block_m"], sizes
+        )
         for entry in _tilings()[_family(scheme, math)]["gemm"]
         for name in ("up", "down")
     )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeq.kernels.triton.gemm import BLOCK, activate
+from moeq.kernels.triton.gemm import BLOCK
 
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)

@@ -29,9 +29,7 @@ _HEIGHT, _STEP = 4, 512
 768 or 14336."""
 
 
-def quantize_weight(
-    weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor
-) -> None:
+def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor) -> None:
     """Quantize one matrix into final storage.
 
     Args:

@@ -1,0 +1,116 @@
+"""Weights to codes: the same bytes as `moeq.quantize`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeq.errors import NonFiniteError
+from moeq.experts import scale_shape
+from moeq.quantize import (
+    WEIGHT_DTYPES,
+    amax,
+    check_finite,
+    quantize,
+    quantize_activations,
+    scale_from_amax,
+)
+from moeq.schemes import Granularity, OnlineQuantScheme
+from tests.kernels.triton.device import DEVICE, needs_gpu
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+EVERY_GRAIN = pytest.mark.parametrize("granularity", Granularity, ids=lambda g: g.name)
+EVERY_CODE = pytest.mark.parametrize("dtype", CODES, ids=str)
+
+
+def check(weight: Tensor, granularity: Granularity, dtype: torch.dtype) -> None:
+    from moeq.kernels.triton.weights import quantize_weight
+
+    scale = scale_from_amax(amax(weight, granularity), dtype)
+    codes = quantize(weight, scale, dtype, granularity)
+    found = torch.full_like(codes, 3).to(DEVICE)
+    found_scale = torch.full_like(scale, -1.0).to(DEVICE)
+    quantize_weight(weight.to(DEVICE), granularity, found, found_scale)
+    assert torch.equal(found_scale.cpu(), scale)
+    assert torch.equal(found.cpu().view(torch.int8), codes.view(torch.int8))
+
+
+@EVERY_GRAIN
+@EVERY_CODE
+@pytest.mark.parametrize("source", WEIGHT_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (3, 1100)])
+def test_the_same_bytes(
+    granularity: Granularity, dtype: torch.dtype, source: torch.dtype, shape: tuple[int, int]
+) -> None:
+    sizes = torch.logspace(-30 if source != torch.float16 else -7, 3, shape[0])
+    weight = (torch.randn(shape) * sizes[:, None]).to(source)
+    weight[-1] *= -0.0
+    check(weight, granularity, dtype)
+
+
+@EVERY_GRAIN
+@EVERY_CODE
+def test_ties_zeros_subnormals_and_extremes(granularity: Granularity, dtype: torch.dtype) -> None:
+    halves = torch.arange(-127, 127.5, 0.5).repeat(4, 1)
+    halves[:, -1] = 127.0
+    rows = [halves[0], halves[1] * 2.0**-140, halves[2] * 2.0**120, halves[3] * 0]
+    check(torch.stack(rows), granularity, dtype)
+
+
+@EVERY_GRAIN
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_the_scale(granularity: Granularity, bad: float) -> None:
+    from moeq.kernels.triton.weights import quantize_weight
+
+    weight = torch.randn(140, 140)
+    weight[137, 3] = bad
+    weight = weight.to(DEVICE)
+    scale = torch.zeros(scale_shape(granularity, (140, 140)), device=DEVICE)
+    quantize_weight(weight, granularity, weight.new_empty(140, 140, dtype=torch.int8), scale)
+    with pytest.raises(NonFiniteError, match=r"\[137, 3\]"):
+        check_finite(weight, scale, "w")
+
+
+@pytest.mark.parametrize("granularity", Granularity, ids=lambda g: g.name)
+def test_an_empty_matrix_has_scale_one(granularity: Granularity) -> None:
+    from moeq.kernels.triton.weights import quantize_weight
+
+    scale = torch.zeros(scale_shape(granularity, (3, 0)), device=DEVICE)
+    quantize_weight(
+        torch.empty(3, 0, device=DEVICE),
+        granularity,
+        torch.empty(3, 0, dtype=torch.int8, device=DEVICE),
+        scale,
+    )
+    assert bool((scale == 1).all())
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [scheme for scheme in OnlineQuantScheme if scheme.quantizes_activations],
+    ids=lambda scheme: scheme.value,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (7, 300), (1030, 130)])
+def test_activations_the_same_bytes(
+    scheme: OnlineQuantScheme, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    from moeq.kernels.triton.layer import quantize_rows
+
+    x = (torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None]).to(dtype)
+    x[-1] = 0
+    codes, scale = quantize_rows(x.to(DEVICE), scheme)
+    expected, expected_scale = quantize_activations(x, scheme)
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert torch.equal(codes.cpu().view(torch.int8), expected.view(torch.int8))
+
+
+@needs_gpu
+@EVERY_GRAIN
+@EVERY_CODE
+@pytest.mark.parametrize("shape", [(1536, 2048), (2048, 768), (512, 14336), (2880, 2880)])
+def test_the_same_bytes_at_full_size(
+    granularity: Granularity, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    check((torch.randn(shape) * 0.02).to(torch.bfloat16), granularity, dtype)
