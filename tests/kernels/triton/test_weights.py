@@ -19,6 +19,9 @@ from moeq.quantize import (
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.kernels.triton.device import DEVICE, needs_gpu
 
+# The interpreter warns of NaN that the kernels pass on
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
 CODES = (torch.int8, torch.float8_e4m3fn)
 EVERY_GRAIN = pytest.mark.parametrize("granularity", Granularity, ids=lambda g: g.name)
 EVERY_CODE = pytest.mark.parametrize("dtype", CODES, ids=str)
