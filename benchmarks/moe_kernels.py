@@ -77,10 +77,11 @@ def ceilings() -> dict[str, float]:
     """Bytes per microsecond / 1e6 (TB/s) and operations per microsecond / 1e6 (TF/s)."""
     size = 1 << 32
     data = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
-    found = {"read": size / event_us(lambda: torch.amax(data.view(torch.float32))) / 1e6}
     copy = torch.empty_like(data)
-    found["copy"] = 2 * size / event_us(lambda: copy.copy_(data)) / 1e6
-    del data, copy
+    found = {
+        "read": size / event_us(lambda: torch.amax(data.view(torch.float32))) / 1e6,
+        "copy": 2 * size / event_us(lambda: copy.copy_(data)) / 1e6,
+    }
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     found["bf16"] = 2 * n**3 / event_us(lambda: a @ b) / 1e6
@@ -215,7 +216,7 @@ def main() -> None:
             name: str, call: Call, peers: Sequence[str], kind: str, width: int,
             shape: str = shape, inputs: Any = inputs, times: Any = times,
         ) -> None:  # fmt: skip
-            e, k, h, i = SHAPES[shape]
+            _, k, h, i = SHAPES[shape]
             for t, (x, routed) in inputs.items():
                 if time.perf_counter() - started > args.seconds:
                     return

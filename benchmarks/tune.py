@@ -49,28 +49,40 @@ def gemms(
 
 
 def candidates(family: str) -> dict[int, list[Gemm]]:
-    """Tilings to try, by rows of a tile."""
+    """Tilings to try, by rows of a tile: what came near the best in wider searches."""
     if family == "decode":
+        low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (32, 256, 4, 4)]
+        middle = [(128, 64, 4, 4), (128, 128, 4, 3)]
+        high = [(128, 64, 4, 3), (128, 64, 4, 4)]
         return {
-            16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (32, 256, 4, 4)]),
+            16: gemms(low),
             32: gemms([(128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 3)]),
-            64: gemms([(128, 64, 4, 4), (128, 128, 4, 3)], groups=(4, 16), tails=(0, 32)),
-            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16, 32), tails=(0, 32, 64)),
-        }  # fmt: skip
+            64: gemms(middle, groups=(4, 16), tails=(0, 32)),
+            128: gemms(high, groups=(16, 32), tails=(0, 32, 64)),
+        }
     if family == "block":
+        low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)]
+        middle = [(128, 128, 4, 3), (128, 128, 4, 4)]
+        halved = [(128, 128, 8, 3), (128, 128, 8, 3, 128), (128, 128, 8, 2, 128), (256, 128, 8, 3)]
         return {
-            16: gemms([(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)], swaps=(False, True)),
-            32: gemms([(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4)], swaps=(False, True)),
-            64: gemms([(128, 128, 4, 3), (128, 128, 4, 4)], groups=(4, 16), tails=(0, 32)) + gemms([(128, 128, 4, 3, 168)], groups=(16,), halves=True),
-            128: gemms([(128, 128, 8, 3)], groups=(16, 32), tails=(0, 64)) + gemms([(128, 128, 8, 3), (128, 128, 8, 3, 128), (128, 128, 8, 2, 128), (256, 128, 8, 3)], groups=(16, 32), halves=True),
-        }  # fmt: skip
-    promotes = (True,) if family == "fp8" else (False,)
+            16: gemms(low, swaps=(False, True)),
+            32: gemms([(64, 128, 4, 4), *middle], swaps=(False, True)),
+            64: gemms(middle, groups=(4, 16), tails=(0, 32))
+            + gemms([(128, 128, 4, 3, 168)], groups=(16,), halves=True),
+            128: gemms([(128, 128, 8, 3)], groups=(16, 32), tails=(0, 64))
+            + gemms(halved, groups=(16, 32), halves=True),
+        }
+    swaps, promotes = (False, True), (family == "fp8",)
+    low = [(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 256, 4, 3)]
+    between = [(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3)]
+    middle = [(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3)]
+    high = [(128, 128, 4, 3), (256, 128, 8, 3), (256, 128, 8, 4)]
     return {
-        16: gemms([(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 256, 4, 3)], swaps=(False, True), promotes=promotes),
-        32: gemms([(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3)], swaps=(False, True), promotes=promotes),
-        64: gemms([(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3)], groups=(4, 16), promotes=promotes, tails=(0, 32)),
-        128: gemms([(128, 128, 4, 3), (256, 128, 8, 3), (256, 128, 8, 4)], groups=(16, 32), tails=(0, 64)),
-    }  # fmt: skip
+        16: gemms(low, swaps=swaps, promotes=promotes),
+        32: gemms(between, swaps=swaps, promotes=promotes),
+        64: gemms(middle, groups=(4, 16), promotes=promotes, tails=(0, 32)),
+        128: gemms(high, groups=(16, 32), tails=(0, 64)),
+    }
 
 
 FAMILIES = {
@@ -270,7 +282,8 @@ def main() -> None:
                 (u, cu), (d, cd) = best[bm, True], best[bm, False]
                 print(
                     f"{name:8}{family:7} M={t:<6} bm={bm:<4} up {u:8.1f} down {d:8.1f} both"
-                    f" {u + d:8.1f} us {byts / (u + d) / 1e6:5.2f} TB/s {flops / (u + d) / 1e6:6.0f} TF"
+                    f" {u + d:8.1f} us {byts / (u + d) / 1e6:5.2f} TB/s"
+                    f" {flops / (u + d) / 1e6:6.0f} TF"
                     f" | {short(cu)} | {short(cd)}",
                     flush=True,
                 )

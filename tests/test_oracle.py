@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -88,6 +92,80 @@ def test_cuda_weights_do_not_fall_back_to_the_cpu() -> None:
             assert reason in error.message
     with pytest.raises(BackendError, match="cpu: runs on the CPU, not on cuda"):
         select_backend(request, "cpu")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that there is one GPU, with a capability and shared memory of a block in KiB."""
+
+    def pretend(capability: tuple[int, int], kib: int = 99) -> None:
+        pytest.importorskip("triton")
+        from moeq.kernels.triton import plans
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(plans, "gpu", lambda device: plans.Gpu(capability, kib << 10))
+        monkeypatch.setattr(plans, "arithmetic", plans.arithmetic.__wrapped__)
+
+    return pretend
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("capability", "kib"), [((8, 0), 163), ((8, 9), 99), ((9, 0), 227)])
+def test_on_a_gpu_the_triton_kernels_run(
+    scheme: OnlineQuantScheme,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    kib: int,
+    on_a_gpu: Callable[..., None],
+) -> None:
+    on_a_gpu(capability, kib)
+    for kind in LAYER_KINDS:
+        choice = select_backend(asking(scheme, kind=kind, device="cuda", dtype=dtype))
+        assert choice.backend.name == "triton"
+        has_fp8 = capability >= (8, 9) or scheme.weight_dtype == torch.int8
+        assert bool(choice.note) is not has_fp8
+        if choice.note:
+            assert "no fp8 units at compute capability 8.0" in choice.note
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "takes bfloat16 or float16 activations, not torch.float32"),
+        ({"device": "cuda:1"}, "cuda:1 is not there: 1 CUDA devices are visible"),
+        ({"num_experts": 5000}, "routes to at most 4096 experts, not 5000"),
+        ({"width": 70000}, "takes rows of at most 65536 elements, not 70000"),
+    ],
+)
+def test_the_triton_kernels_say_what_they_do_not_take(
+    change: dict[str, Any], reason: str, on_a_gpu: Callable[..., None]
+) -> None:
+    on_a_gpu((9, 0), 227)
+    device = torch.device(change.pop("device", "cuda"))
+    request = replace(asking(device="cuda"), device=device, **change)
+    with pytest.raises(BackendError) as caught:
+        select_backend(request)
+    assert f"triton: {reason}" in caught.value.message
+
+
+def test_gpus_that_are_too_old_or_too_small_are_named(on_a_gpu: Callable[..., None]) -> None:
+    on_a_gpu((7, 5), 64)
+    with pytest.raises(BackendError, match=r"needs compute capability 8.0, cuda has 7.5"):
+        select_backend(asking(device="cuda"))
+    on_a_gpu((8, 6), 16)
+    with pytest.raises(BackendError, match=r"needs \d+ bytes of shared memory .* cuda has 16384"):
+        select_backend(asking(device="cuda"))
+
+
+def test_without_triton_the_reason_is_the_package(
+    on_a_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu((9, 0), 227)
+    monkeypatch.setattr(oracle, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="needs the package triton"):
+        select_backend(asking(device="cuda"))
 
 
 def test_a_dtype_that_nobody_takes_is_an_error() -> None:

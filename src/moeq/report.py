@@ -124,7 +124,8 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.peak_bytes: int | None = None
-        self._device = device if device is not None and device.type == "cuda" else None
+        on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_available()
+        self._device = device if on_gpu else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
         self._start_bytes = anonymous_bytes()

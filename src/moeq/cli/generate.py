@@ -13,6 +13,9 @@ import click
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
 
+_COMPILE_FROM_TOKENS = 1024
+"""Compiling takes half a minute for 16 layers, and saves 27 ms a token after that (one H100)."""
+
 _EPILOG = """\b
 Examples:
   moeq generate Qwen/Qwen3-30B-A3B -q int8_per_channel_weight_only --prompt Once
@@ -102,6 +105,7 @@ def _generate(
     *,
     stream: bool,
 ) -> dict[str, Any]:
+    import torch
     from transformers import TextStreamer
 
     from moeq.checkpoint.hub import resolve_model
@@ -134,9 +138,20 @@ def _generate(
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     )
+    options: dict[str, Any] = {}
+    if torch.device(device).type == "cuda":
+        # A cache of fixed size lets transformers compile decoding and replay it as a CUDA graph
+        compiles = max_new_tokens >= _COMPILE_FROM_TOKENS
+        options = {"cache_implementation": "static", "disable_compile": not compiles}
+        if compiles:
+            click.echo("compiling after the first token; takes about a minute", err=True)
     started = time.perf_counter()
     output = model.generate(
-        **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        **inputs.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=streamer,
+        **options,
     )
     seconds = time.perf_counter() - started
     new = output[0, length:]

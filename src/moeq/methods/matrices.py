@@ -1,6 +1,7 @@
 """One matrix into its final storage: the numerics of `moeq.quantize`, wherever the storage is.
 
-On a CUDA device the fused kernels of `moeq.kernels.triton.weights` do it: the same bytes.
+On a CUDA device the fused kernels of `moeq.kernels.triton.weights` do it, where they know the
+codes: the same bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def quantize_matrix(
     Raises:
         NonFiniteError: NaN or Inf among the values.
     """
-    if codes.is_cuda:
+    weight = weight.to(codes.device)
+    if _has_kernel(codes):
         from moeq.kernels.triton.weights import quantize_weight
 
-        weight = weight.to(codes.device)
         quantize_weight(weight, granularity, codes, scale)
         check_finite(weight, scale, name)  # a scale is finite where its amax is
         return
@@ -42,7 +43,7 @@ def quantize_matrix(
 def quantize_under(weight: Tensor, group_amax: Tensor, codes: Tensor, scale: Tensor) -> None:
     """The same for a matrix with one scale, under an amax [] that it shares with others; both on
     the device of the codes."""
-    if codes.is_cuda:
+    if _has_kernel(codes):
         from moeq.kernels.triton.weights import encode_weight
 
         encode_weight(weight, group_amax, codes, scale)
@@ -52,16 +53,20 @@ def quantize_under(weight: Tensor, group_amax: Tensor, codes: Tensor, scale: Ten
 
 
 def matrix_amax(weight: Tensor, name: str) -> Tensor:
-    """Largest magnitude [] of a contiguous weight [N, K].
+    """Largest magnitude [] of a weight [N, K].
 
     Raises:
         NonFiniteError: NaN or Inf among the values.
     """
-    if weight.is_cuda:
-        from moeq.kernels.triton.weights import weight_amax
-
-        found = weight_amax(weight)
-    else:
-        found = amax(weight, Granularity.TENSOR)
+    found = amax(weight, Granularity.TENSOR)
     check_finite(weight, found, name)
     return found
+
+
+def _has_kernel(codes: Tensor) -> bool:
+    """Whether the kernels can write such codes where they are; else PyTorch's operators do it."""
+    if not codes.is_cuda:
+        return False
+    from moeq.kernels.triton.weights import knows
+
+    return bool(knows(codes.device, codes.dtype))

@@ -22,16 +22,17 @@ from moeq.kernels.triton.gemm import BLOCK, activate, decode_codes
 
 @triton.jit
 def _values(codes, FP8_BITS: tl.constexpr, INTEGER: tl.constexpr):
-    """Codes as fp32 or, for int8 x int8, as int32. An int8 becomes the low bits of 2^23 + 128 + code,
-    which takes half the instructions of a conversion."""
+    """Codes as fp32 or, for int8 x int8, as int32. An int8 becomes the low bits of
+    2^23 + 128 + code, which takes half the instructions of a conversion."""
     if INTEGER:
         return codes.to(tl.int32)
-    if FP8_BITS:
+    elif FP8_BITS:
         return decode_codes(codes, tl.bfloat16, FP8_BITS).to(tl.float32)
-    if codes.dtype == tl.int8:
+    elif codes.dtype == tl.int8:
         bits = codes.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080
         return bits.to(tl.float32, bitcast=True) - 8388736.0
-    return codes.to(tl.float32)
+    else:
+        return codes.to(tl.float32)
 
 
 @triton.jit
@@ -91,16 +92,15 @@ def up(
         inside = k < K - k0
         xk = _values(tl.load(x_ptrs, mask=inside, other=0.0), False, INTEGER)
         if SCALES == "block":
-            at = (k0 + k) // BLOCK
-            if MATH == "codes":
-                xk *= tl.load(x_scale + x_row * grid_k + at, mask=inside, other=0.0)
+            tl.static_assert(BLOCK_K == BLOCK)
             line = expert * (PARTS * grid_n) + tl.program_id(0) * ROWS // BLOCK
-            xk_up = xk
-            xk *= tl.load(w_scale + line * grid_k + at, mask=inside, other=0.0)
-            acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
+            if MATH == "codes":
+                xk *= tl.load(x_scale + x_row * grid_k + k0 // BLOCK)
+            factor = tl.load(w_scale + line * grid_k + k0 // BLOCK)
+            acc += _values(codes, FP8_BITS, INTEGER) * (xk * factor)[None, :]
             if PARTS == 2:
-                xk_up *= tl.load(w_scale + (line + grid_n) * grid_k + at, mask=inside, other=0.0)
-                acc_up += _values(up_codes, FP8_BITS, INTEGER) * xk_up[None, :]
+                factor = tl.load(w_scale + (line + grid_n) * grid_k + k0 // BLOCK)
+                acc_up += _values(up_codes, FP8_BITS, INTEGER) * (xk * factor)[None, :]
         else:
             acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
             if PARTS == 2:
@@ -112,10 +112,10 @@ def up(
         if PARTS == 2:
             up_codes = tl.load(w_ptrs + N * K, mask=after, other=0.0)
 
-    factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
+    x_factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
     base = expert * (PARTS * N)
-    gate = tl.sum(acc, 1).to(tl.float32) * factor
-    up_ = tl.sum(acc_up, 1).to(tl.float32) * factor
+    gate = tl.sum(acc, 1).to(tl.float32) * x_factor
+    up_ = tl.sum(acc_up, 1).to(tl.float32) * x_factor
     if SCALES == "tensor":
         gate *= tl.load(w_scale + expert)
         up_ *= tl.load(w_scale + expert)
@@ -189,13 +189,12 @@ def down(
         inside = local[:, None] & (k < K - k0)[None, :]
         hk = _values(tl.load(h_ptrs, mask=inside, other=0.0), False, INTEGER)
         if SCALES == "block":
-            at = (k0 + k) // BLOCK
+            tl.static_assert(BLOCK_K == BLOCK)
             line = expert * grid_n + tl.program_id(0) * ROWS // BLOCK
-            hk *= tl.load(w_scale + line[:, None] * grid_k + at[None, :], mask=inside, other=0.0)
+            factor = tl.load(w_scale + line * grid_k + k0 // BLOCK)
             if MATH == "codes":
-                hk *= tl.load(
-                    h_scale + pair[:, None] * grid_k + at[None, :], mask=inside, other=0.0
-                )
+                factor *= tl.load(h_scale + pair * grid_k + k0 // BLOCK)
+            hk *= factor[:, None]
         acc += _values(codes, FP8_BITS, INTEGER) * hk[:, None, :]
         w_ptrs += BLOCK_K
         h_ptrs += BLOCK_K

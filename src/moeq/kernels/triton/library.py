@@ -2,9 +2,9 @@
 
 Past about a thousand rows per expert, writing int8 codes out as bf16 (exact) costs less than the
 tensor cores lose to decoding inside the product, and PyTorch's grouped bf16 GEMM
-(`torch._grouped_mm`) is the fastest there is. Parts are ranges of the intermediate size, so that the
-memory beside the result stays within a bound: gate and up rows of a part, their product, and its
-activation; then rows of the down projection, whose products are combined at once.
+(`torch._grouped_mm`) is the fastest there is. Parts are ranges of rows, so that the memory beside
+the result stays within a bound: gate and up rows of a part, their product, and its activation; then
+rows of the down projection, whose products are combined at once.
 
     tile = bf16(w13[:, part]);  h[:, part] = act(x @ tile.T * scale)
     tile = bf16(w2[:, part]);   out[:, part] = sum over slots of topk_weight * (h @ tile.T * scale)
@@ -38,7 +38,11 @@ def fused_experts(
     """One MoE layer; int8 codes with a scale per row, x bf16 [T, H], T * k > 0.
 
     Args:
-        x, topk_ids, topk_weights, weights, activation: as in `moeq.kernels.reference`.
+        x: [T, H].
+        topk_ids: [T, k]; ids outside 0..E-1 add nothing.
+        topk_weights: [T, k].
+        weights: of the E experts held here.
+        activation: a key of `ACTIVATIONS`.
         scratch: bytes of decoded weights held at a time.
         pdl: kernels may overlap.
     """
@@ -79,7 +83,8 @@ def fused_experts(
 def _part(scratch: int, num_experts: int, depth: int, rows: int) -> int:
     """Rows decoded at a time: as many as fit, in equal parts."""
     most = max(_ALIGN, scratch // (2 * num_experts * depth))
-    return min(rows, triton.cdiv(triton.cdiv(rows, triton.cdiv(rows, most)), _ALIGN) * _ALIGN)
+    part = -(-rows // -(-rows // most))
+    return min(rows, -(-part // _ALIGN) * _ALIGN)
 
 
 def _decode(codes: Tensor, parts: int, first: int, width: int) -> Tensor:

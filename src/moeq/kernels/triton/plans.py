@@ -1,7 +1,7 @@
 """Which path and tiling a layer takes: from the number of tokens, by a table that ships as data.
 
-`tilings.json` holds what a search on an H100 found (benchmarks/tune.py), by *family* (how codes meet
-rows) and by the expected number of rows per active expert
+`tilings.json` holds what a search on an H100 found (benchmarks/tune.py), by *family* (how codes
+meet rows) and by the expected number of rows per active expert
 
     r = T * k / D,   D = E * (1 - (1 - 1/E)^(T * k))
 

@@ -2,8 +2,8 @@
 
 A *pair* is (token, slot), numbered token * k + slot. Routing gives
 
-    pairs       int32 [P]        the pair in every sorted row; rows of one expert are contiguous, and
-                                 in the order of their tokens
+    pairs       int32 [P]        the pair in every sorted row; rows of one expert are contiguous,
+                                 and in the order of their tokens
     positions   int32 [P]        the sorted row of every pair (undefined for pairs of other ranks)
     offsets     int32 [E + 1]    first row of every expert; offsets[E] rows in all
     tile_expert int32 [tiles]    expert of every tile of BLOCK_M rows; -1 past the last tile

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeq.experts import scale_shape
 from moeq.kernels.triton.gemm import BLOCK
+from moeq.kernels.triton.plans import FP8_CAPABILITY, gpu
 from moeq.kernels.triton.rows import encode, scale_of
 from moeq.schemes import Granularity
 
@@ -27,6 +28,11 @@ _TILE = 1 << 14
 _HEIGHT, _STEP = 4, 512
 """Rows of a program, and columns that it takes at a time: a power of two wastes lanes on rows of
 768 or 14336."""
+
+
+def knows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU has the type of the codes: before compute capability 8.9 there is no e4m3."""
+    return dtype == torch.int8 or gpu(device).capability >= FP8_CAPABILITY
 
 
 def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor) -> None:
@@ -48,11 +54,13 @@ def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, sca
     match granularity:
         case Granularity.CHANNEL:
             step = min(_STEP, triton.next_power_of_2(k))
-            grid = (triton.cdiv(n, _HEIGHT),)
-            _rows[grid](weight, codes, scale, n, k, HEIGHT=_HEIGHT, STEP=step, num_warps=4)
+            _rows[(triton.cdiv(n, _HEIGHT),)](
+                weight, codes, scale, n, k, HEIGHT=_HEIGHT, STEP=step, num_warps=4
+            )
         case Granularity.BLOCK:
-            grid = (triton.cdiv(k, 128), triton.cdiv(n, 128))
-            _blocks[grid](weight, codes, scale, n, k, num_warps=8)
+            _blocks[(triton.cdiv(k, 128), triton.cdiv(n, 128))](
+                weight, codes, scale, n, k, num_warps=8
+            )
         case Granularity.TENSOR:
             amax = weight_amax(weight)
             encode_weight(weight, amax, codes, scale)
