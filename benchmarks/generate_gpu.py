@@ -4,8 +4,8 @@
 
 A Qwen3-MoE model with Qwen3-30B-A3B's dimensions and random weights is made, timed as it is,
 saved, and loaded quantized. Both run `generate` with a static cache, which transformers compiles
-(fullgraph, so a graph break is an error) and replays as a CUDA graph. The time of a token is that of
-256 tokens less that of one, by 255.
+(fullgraph, so a graph break is an error) and replays as a CUDA graph. The time of a token is that
+of 256 tokens less that of one, by 255.
 """
 
 from __future__ import annotations

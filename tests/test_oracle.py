@@ -105,7 +105,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(plans, "gpu", lambda device: plans.Gpu(capability, kib << 10))
-        monkeypatch.setattr(plans, "arithmetic", plans.arithmetic.__wrapped__)
+        cached = getattr(plans.arithmetic, "__wrapped__", plans.arithmetic)
+        monkeypatch.setattr(plans, "arithmetic", cached)
 
     return pretend
 
