@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from moeq.schemes import OnlineQuantScheme
 
 if TYPE_CHECKING:
@@ -44,15 +46,9 @@ def fused_experts(
     e, _, h = weights.w13.shape
     shape = (t, k, e, h, weights.w2.shape[2])
     path = plans.choose(x.device, weights.scheme, x.dtype, shape)
-    return layer.fused_experts(
-        x.contiguous(),
-        topk_ids.contiguous(),
-        topk_weights.contiguous(),
-        weights,
-        activation,
-        path,
-        arithmetic,
-    )
+    x, topk_ids, topk_weights = (v.contiguous() for v in (x, topk_ids, topk_weights))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return layer.fused_experts(x, topk_ids, topk_weights, weights, activation, path, arithmetic)
 
 
 def expert_linear(
@@ -89,20 +85,21 @@ def expert_linear(
     w = layer.Projection(scheme, weight, scale, bias, parts)
     ids = topk_ids.contiguous()
     rows = x.reshape(t * j, depth).contiguous()
-    a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
     path = plans.choose(x.device, scheme, x.dtype, (t, k, e, depth, n // parts), library=False)
-    if isinstance(path, layer.GemvPath):
-        out = x.new_empty(t * k, n)
-        layer.gemv_up(a, a_scale, ids, w, out, "", path.up, arithmetic, pdl=a is not rows)
-        return out.view(t, k, n)
-    assert isinstance(path, layer.GemmPath)
-    out = x.new_zeros(t * k, n)
-    routing = route(ids, e, path.block_m)
-    config = path.up if parts == 2 else path.down
-    layer.run_gemm(
-        a, a_scale, routing, w, out, "", k, path.block_m, config, arithmetic,
-        x_rows="pair" if j == k else "token", out_rows="pair",
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
+        if isinstance(path, layer.GemvPath):
+            out = x.new_empty(t * k, n)
+            layer.gemv_up(a, a_scale, ids, w, out, "", path.up, arithmetic, pdl=a is not rows)
+            return out.view(t, k, n)
+        assert isinstance(path, layer.GemmPath)
+        out = x.new_zeros(t * k, n)
+        routing = route(ids, e, path.block_m)
+        config = path.up if parts == 2 else path.down
+        layer.run_gemm(
+            a, a_scale, routing, w, out, "", k, path.block_m, config, arithmetic,
+            x_rows="pair" if j == k else "token", out_rows="pair",
+        )  # fmt: skip
     return out.view(t, k, n)
 
 
@@ -115,13 +112,14 @@ def linear(
     n, depth = weight.shape
     rows = x.reshape(-1, depth).contiguous()
     out = x.new_empty(len(rows), n)
-    if len(rows) > 0:
-        arithmetic = plans.arithmetic(x.device, scheme)
-        one = None if bias is None else bias[None]
-        w = layer.Projection(scheme, weight[None], scale[None], one, 1)
+    if len(rows) == 0:
+        return out.view(*x.shape[:-1], n)
+    arithmetic = plans.arithmetic(x.device, scheme)
+    one = None if bias is None else bias[None]
+    w = layer.Projection(scheme, weight[None], scale[None], one, 1)
+    path = plans.choose(x.device, scheme, x.dtype, (len(rows), 1, 1, depth, n), library=False)
+    with torch.cuda.device_of(x):
         a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
-        shape = (len(rows), 1, 1, depth, n)
-        path = plans.choose(x.device, scheme, x.dtype, shape, library=False)
         if isinstance(path, layer.GemvPath):
             layer.gemv_up(a, a_scale, None, w, out, "", path.up, arithmetic, pdl=a is not rows)
         else:
