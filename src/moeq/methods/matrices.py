@@ -6,7 +6,6 @@ codes: the same bytes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
@@ -32,8 +31,7 @@ def quantize_matrix(
     if _has_kernel(codes):
         from moeq.kernels.triton.weights import quantize_weight
 
-        with torch.cuda.device_of(codes):  # Triton launches on the current device
-            quantize_weight(weight, granularity, codes, scale)
+        quantize_weight(weight, granularity, codes, scale)
         check_finite(weight, scale, name)  # a scale is finite where its amax is
         return
     group_amax = amax(weight, granularity)
@@ -48,8 +46,7 @@ def quantize_under(weight: Tensor, group_amax: Tensor, codes: Tensor, scale: Ten
     if _has_kernel(codes):
         from moeq.kernels.triton.weights import encode_weight
 
-        with torch.cuda.device_of(codes):
-            encode_weight(weight, group_amax, codes, scale)
+        encode_weight(weight, group_amax, codes, scale)
         return
     scale.copy_(scale_from_amax(group_amax, codes.dtype))
     quantize(weight, scale, codes.dtype, Granularity.TENSOR, out=codes)

@@ -51,19 +51,17 @@ def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, sca
     if weight.numel() == 0:
         scale.fill_(1.0)
         return
-    match granularity:
-        case Granularity.CHANNEL:
-            step = min(_STEP, triton.next_power_of_2(k))
-            _rows[(triton.cdiv(n, _HEIGHT),)](
-                weight, codes, scale, n, k, HEIGHT=_HEIGHT, STEP=step, num_warps=4
-            )
-        case Granularity.BLOCK:
-            _blocks[(triton.cdiv(k, 128), triton.cdiv(n, 128))](
-                weight, codes, scale, n, k, num_warps=8
-            )
-        case Granularity.TENSOR:
-            amax = weight_amax(weight)
-            encode_weight(weight, amax, codes, scale)
+    with torch.cuda.device_of(codes):  # Triton launches on the current device
+        match granularity:
+            case Granularity.CHANNEL:
+                step = min(_STEP, triton.next_power_of_2(k))
+                rows = (triton.cdiv(n, _HEIGHT),)
+                _rows[rows](weight, codes, scale, n, k, HEIGHT=_HEIGHT, STEP=step, num_warps=4)
+            case Granularity.BLOCK:
+                grid = (triton.cdiv(k, 128), triton.cdiv(n, 128))
+                _blocks[grid](weight, codes, scale, n, k, num_warps=8)
+            case Granularity.TENSOR:
+                encode_weight(weight, weight_amax(weight), codes, scale)
 
 
 def weight_amax(weight: Tensor) -> Tensor:
@@ -78,7 +76,8 @@ def weight_amax(weight: Tensor) -> Tensor:
 def encode_weight(weight: Tensor, amax: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Codes [N, K] and scale [] of a contiguous matrix under a given amax []."""
     grid = (max(1, triton.cdiv(weight.numel(), _TILE)),)
-    _encode[grid](weight, amax, codes, scale, weight.numel(), TILE=_TILE, num_warps=8)
+    with torch.cuda.device_of(codes):
+        _encode[grid](weight, amax, codes, scale, weight.numel(), TILE=_TILE, num_warps=8)
 
 
 @triton.jit
