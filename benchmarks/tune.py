@@ -1,6 +1,7 @@
 """Times candidate tilings of the Triton kernels on this GPU, checks their results, keeps the best.
 
-    python benchmarks/tune.py --out results.json [--schemes ...] [--tokens ...]
+    python benchmarks/tune.py --out results.json [--families ...] [--tokens ...]
+    python benchmarks/tune.py --ship results.json ...    # writes moeq's tilings.json
 
 Each product (up with its activation, down) is timed alone, with routing done, over rotated routings
 in a CUDA graph. Every candidate is compared with a product of dequantized weights in fp32; one that
@@ -14,10 +15,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +33,15 @@ from moeq.schemes import Granularity, OnlineQuantScheme
 
 SHAPES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336)}
 """E, k, H, I."""
+
+RANGES = (1.6, 4.5, 16, 64, 256, 1024, 1e9)
+"""Upper ends, in rows per active expert."""
+
+NAMES = {"decode": "decode", "fp8": "fp8", "int8": "int8", "block": "fp8_block"}
+"""Families as moeq's table calls them."""
+
+WRONG = 0.01
+"""Relative error of a product above which a candidate is broken; rounding gives 0.002."""
 
 ON = layer.Arithmetic(codes=True, fp8_bits=False, pdl=True)
 
@@ -215,8 +228,76 @@ def error_of(call, config: Gemm, routing, k: int, is_up: bool) -> float:
     return worst
 
 
+def rows_per_expert(shape: str, tokens: int) -> float:
+    """See `moeq.kernels.triton.plans`."""
+    e, k, _, _ = SHAPES[shape]
+    pairs = tokens * k
+    return pairs / (e * (1 - (1 - 1 / e) ** pairs))
+
+
+def ship(files: list[str]) -> None:
+    """Put the best tiling of every family and range of rows into the table that moeq reads.
+
+    In a range the height of a tile is what makes both products fastest together, in the geometric
+    mean over its cases (shape, tokens); then each product's tiling likewise. Ranges without a
+    complete measurement keep what they have.
+    """
+    path = Path(layer.__file__).with_name("tilings.json")
+    tables = json.loads(path.read_text())
+    fields = [field.name for field in dataclasses.fields(Gemm)]
+    times: dict[tuple[str, float], Any] = {}
+    for file in files:
+        for row in json.loads(Path(file).read_text()):
+            if row["error"] > WRONG:
+                continue
+            case = (row["shape"], row["tokens"])
+            limit = next(r for r in RANGES if rows_per_expert(*case) <= r)
+            config = Gemm(**{name: row[name] for name in fields})
+            found = times.setdefault((row["family"], limit), {})
+            by_case = found.setdefault((row["block_m"], row["up"]), {}).setdefault(config, {})
+            by_case[case] = min(row["us"], by_case.get(case, math.inf))
+    for (family, limit), found in sorted(times.items()):
+        cases = {case for configs in found.values() for us in configs.values() for case in us}
+        choices = []
+        for block_m in sorted({block_m for block_m, _ in found}):
+            halves = [
+                min(
+                    (
+                        (sum(math.log(us[case]) for case in cases), index, config)
+                        for index, (config, us) in enumerate(found.get((block_m, up), {}).items())
+                        if us.keys() == cases
+                    ),
+                    default=None,
+                )
+                for up in (True, False)
+            ]
+            if all(halves):
+                times_of = [found[block_m, up][h[2]] for up, h in zip((True, False), halves)]
+                both = sum(math.log(sum(us[case] for us in times_of)) for case in cases)
+                choices.append((both, block_m, halves[0][2], halves[1][2]))
+        if not choices:
+            print(f"{family} up to {limit} rows: incomplete, kept")
+            continue
+        _, block_m, up, down = min(choices)
+        entry = {"rows": limit, "block_m": block_m, "up": changed(up), "down": changed(down)}
+        rows = [row for row in tables[NAMES[family]]["gemm"] if row["rows"] != limit]
+        tables[NAMES[family]]["gemm"] = sorted([*rows, entry], key=lambda row: row["rows"])
+        print(f"{family} up to {limit} rows: {block_m} | {short(up)} | {short(down)}")
+    path.write_text(json.dumps(tables, indent=1) + "\n")
+
+
+def changed(config: Gemm) -> dict[str, Any]:
+    """What differs from the defaults, and what has none."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ship", nargs="+", metavar="FILE", help="results to choose from")
     parser.add_argument("--out", default="tune.json")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[8, 32, 128, 512, 2048, 8192])
@@ -224,6 +305,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--seconds", type=float, default=420, help="stop measuring after")
     args = parser.parse_args()
+    if args.ship:
+        ship(args.ship)
+        return
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
     jobs = [
@@ -269,7 +353,7 @@ def main() -> None:
                         dict(shape=name, family=family, tokens=t, block_m=block_m, up=is_up, us=us,
                              error=error, **dataclasses.asdict(config))
                     )  # fmt: skip
-                    if error > 0.02:
+                    if error > WRONG:
                         print(f"WRONG {error:.3f}:", name, family, t, block_m, is_up, config)
                         continue
                     key = (block_m, is_up)
