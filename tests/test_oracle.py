@@ -104,6 +104,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(plans, "gpu", lambda device: plans.Gpu(capability, kib << 10))
         cached = getattr(plans.arithmetic, "__wrapped__", plans.arithmetic)
         monkeypatch.setattr(plans, "arithmetic", cached)

@@ -31,7 +31,7 @@ class KernelRequest:
         activation: a key of `moeq.kernels.activations.ACTIVATIONS`; None where the model's own
             gate runs between the two halves of the layer, and for linears.
         num_experts: E held on the device; 0 where the question is a general one.
-        width: the longest row of a weight or an activation, max(H, I); likewise.
+        width: the longest row of a weight, K; likewise.
     """
 
     kind: LayerKind
@@ -94,14 +94,15 @@ def _triton_rejects(request: KernelRequest, named: bool) -> str:
         return f"takes rows of at most {TRITON_WIDTH} elements, not {request.width}"
     from moeq.kernels.triton import plans
 
-    gpu = plans.gpu(request.device)
+    device = _indexed(request.device)
+    gpu = plans.gpu(device)
     if gpu.capability < TRITON_CAPABILITY:
         return (
             f"needs compute capability {_dotted(TRITON_CAPABILITY)},"
             f" {request.device} has {_dotted(gpu.capability)}"
         )
     least = plans.least_shared_memory(
-        request.scheme, plans.arithmetic(request.device, request.scheme), request.dtype
+        request.scheme, plans.arithmetic(device, request.scheme), request.dtype
     )
     if gpu.shared_memory < least:
         return (
@@ -114,12 +115,19 @@ def _triton_rejects(request: KernelRequest, named: bool) -> str:
 def _triton_note(request: KernelRequest) -> str:
     from moeq.kernels.triton import plans
 
-    if plans.arithmetic(request.device, request.scheme).fp8_bits:
+    device = _indexed(request.device)
+    if plans.arithmetic(device, request.scheme).fp8_bits:
         return (
-            f"no fp8 units at compute capability {_dotted(plans.gpu(request.device).capability)}"
+            f"no fp8 units at compute capability {_dotted(plans.gpu(device).capability)}"
             f" (they begin at {_dotted(plans.FP8_CAPABILITY)}), so activations stay unquantized"
         )
     return ""
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """ "cuda" is the current device, which may be another one tomorrow."""
+    index: int | None = device.index
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -31,7 +31,7 @@ class OnlineLinearMethod:
     ) -> None:
         """Register codes [out, in] and fp32 scales on the meta device; `dtype`: activations'."""
         self._dtype = dtype
-        self._width = max(in_features, out_features)
+        self._width = in_features
         shape = (out_features, in_features)
         register_meta(layer, "weight_codes", shape, self.scheme.weight_dtype)
         grid = scale_shape(self.scheme.granularity, shape)

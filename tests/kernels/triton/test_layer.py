@@ -227,6 +227,50 @@ def test_ids_of_other_ranks_add_nothing(scheme: OnlineQuantScheme, t: int) -> No
     assert bool((nowhere == 0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("t", [1, 33])
+def test_ids_of_any_integer_type(dtype: torch.dtype, t: int) -> None:
+    scheme = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+    weights = random_weights(scheme, 256, 32, 16)
+    ids, factors = route(t, 3, 256)
+    x = torch.randn(t, 32).bfloat16()
+    actual = run(x, ids.to(dtype), factors, weights, "silu", None)
+    assert_close(actual, reference.fused_experts(x, ids, factors, weights, "silu"), scheme)
+
+
+@pytest.mark.parametrize("t", [1, 5])
+def test_an_id_past_32_bits_is_of_another_rank(t: int) -> None:
+    scheme = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+    weights = random_weights(scheme, 4, 32, 16)
+    ids, factors = route(t, 3, 4)
+    ids[0, 1] = 1 << 32
+    x = torch.randn(t, 32).bfloat16()
+    actual = run(x, ids, factors, weights, "silu", None)
+    assert_close(actual, reference.fused_experts(x, ids, factors, weights, "silu"), scheme)
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("t", [1, 40])
+def test_what_is_not_finite_stays_so(scheme: OnlineQuantScheme, bad: float, t: int) -> None:
+    weights = random_weights(scheme, 3, 64, 96)
+    ids, factors = route(t, 2, 3)
+    x = torch.randn(t, 64).bfloat16()
+    x[0, 7] = bad
+    actual = run(x, ids, factors, weights, "relu", None)
+    assert not bool(torch.isfinite(actual[0]).any())
+    assert bool(torch.isfinite(actual[1:]).all())
+
+
+def test_more_slots_than_a_program_reads_at_once() -> None:
+    scheme = OnlineQuantScheme.FP8_PER_CHANNEL
+    weights = random_weights(scheme, 90, 32, 16)
+    ids, factors = route(1, 70, 90)
+    x = torch.randn(1, 32).bfloat16()
+    actual = run(x, ids, factors, weights, "silu", None)
+    assert_close(actual, reference.fused_experts(x, ids, factors, weights, "silu"), scheme)
+
+
 @EVERY_SCHEME
 @pytest.mark.parametrize("t", [1, 70])
 def test_all_tokens_to_one_expert(scheme: OnlineQuantScheme, t: int) -> None:

@@ -46,7 +46,7 @@ def fused_experts(
     e, _, h = weights.w13.shape
     shape = (t, k, e, h, weights.w2.shape[2])
     path = plans.choose(x.device, weights.scheme, x.dtype, shape)
-    x, topk_ids, topk_weights = (v.contiguous() for v in (x, topk_ids, topk_weights))
+    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), _ids(topk_ids)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return layer.fused_experts(x, topk_ids, topk_weights, weights, activation, path, arithmetic)
 
@@ -83,7 +83,7 @@ def expert_linear(
         return x.new_zeros(t, k, n)
     arithmetic = plans.arithmetic(x.device, scheme)
     w = layer.Projection(scheme, weight, scale, bias, parts)
-    ids = topk_ids.contiguous()
+    ids = _ids(topk_ids)
     rows = x.reshape(t * j, depth).contiguous()
     path = plans.choose(x.device, scheme, x.dtype, (t, k, e, depth, n // parts), library=False)
     with torch.cuda.device_of(x):
@@ -94,7 +94,7 @@ def expert_linear(
             return out.view(t, k, n)
         assert isinstance(path, layer.GemmPath)
         out = x.new_zeros(t * k, n)
-        routing = route(ids, e, path.block_m)
+        routing = route(ids, e, path.block_m, pdl=arithmetic.pdl)
         config = path.up if parts == 2 else path.down
         layer.run_gemm(
             a, a_scale, routing, w, out, "", k, path.block_m, config, arithmetic,
@@ -129,3 +129,9 @@ def linear(
                 x_rows="sorted", out_rows="sorted",
             )  # fmt: skip
     return out.view(*x.shape[:-1], n)
+
+
+def _ids(topk_ids: Tensor) -> Tensor:
+    """Contiguous, and of a type that has room for -1."""
+    signed = topk_ids.dtype in (torch.int32, torch.int64)
+    return (topk_ids if signed else topk_ids.to(torch.int64)).contiguous()

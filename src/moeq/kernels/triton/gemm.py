@@ -56,9 +56,9 @@ def activate(x, ACT: tl.constexpr):
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x - x / (1.0 + tl.exp(2.0 * u))
     if ACT == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "relu2":
-        r = tl.maximum(x, 0.0)
+        r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return r * r
     return x
 
@@ -201,7 +201,10 @@ def _tile(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
     w_ptrs = (
-        w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64)) + w_row[:, None] * K + k[None, :]
+        w
+        + (tl.zeros((), tl.int64) + PARTS * N) * K * expert
+        + w_row.to(tl.int64)[:, None] * K
+        + k[None, :]
     )
 
     if SCALES == "block":
@@ -354,9 +357,9 @@ def _block_tile(
     row = tl.minimum(col, N - 1)
     other = tl.minimum(col, N - 1) + N if PARTS == 2 else tl.minimum(col + HALF, N - 1)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    base = w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64))
-    w_ptrs = base + row[:, None] * K + k[None, :]
-    other_ptrs = base + other[:, None] * K + k[None, :]
+    base = w + (tl.zeros((), tl.int64) + PARTS * N) * K * expert
+    w_ptrs = base + row.to(tl.int64)[:, None] * K + k[None, :]
+    other_ptrs = base + other.to(tl.int64)[:, None] * K + k[None, :]
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
     line = w_scale + (expert * (PARTS * grid_n) + first // BLOCK) * grid_k

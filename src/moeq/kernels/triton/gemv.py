@@ -58,35 +58,45 @@ def up(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    TRIGGER: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """x [T, K] or [P, K], w [E, PARTS * N, K] -> out [P, N], or [P, PARTS * N] where ACT is "".
-    Rows of ids that are not local are zeros. DENSE: E is 1 and ids are not read."""
+    Rows of ids that are not local are zeros. DENSE: E is 1 and ids are not read. TRIGGER, WAIT: see
+    `rows.quantize_rows`; weights and ids do not depend on the previous kernel and are read before
+    the wait."""
     pair = tl.program_id(1)
-    if PDL:
+    if TRIGGER:
         tl.extra.cuda.gdc_launch_dependents()
-    expert = 0 if DENSE else tl.load(ids + pair).to(tl.int32)
+    found = 0 if DENSE else tl.load(ids + pair)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width = N if ACT != "" else PARTS * N
-    if (expert < 0) | (expert >= E):
+    if (found < 0) | (found >= E):
         for part in tl.static_range(PARTS if ACT == "" else 1):
             zero = tl.zeros((ROWS,), tl.float32).to(out.dtype.element_ty)
             tl.store(out + pair * width + part * N + n, zero, mask=n < N)
         return
+    expert = 0 if DENSE else found.to(tl.int32)
     INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
     x_row = pair if X_PER_PAIR else pair // TOP_K
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64) * K + k
-    w_ptrs = w + (PARTS * N) * K * (expert + tl.zeros((), tl.int64)) + row[:, None] * K + k[None, :]
+    w_ptrs = (
+        w
+        + (tl.zeros((), tl.int64) + PARTS * N) * K * expert
+        + row.to(tl.int64)[:, None] * K
+        + k[None, :]
+    )
+    up_at = (tl.zeros((), tl.int64) + N) * K
     acc = tl.zeros((ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
     acc_up = acc
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
     codes = tl.load(w_ptrs, mask=(k < K)[None, :], other=0.0)
     if PARTS == 2:
-        up_codes = tl.load(w_ptrs + N * K, mask=(k < K)[None, :], other=0.0)
-    if PDL:
+        up_codes = tl.load(w_ptrs + up_at, mask=(k < K)[None, :], other=0.0)
+    if WAIT:
         tl.extra.cuda.gdc_wait()
     for k0 in range(0, K, BLOCK_K):
         inside = k < K - k0
@@ -110,7 +120,7 @@ def up(
         after = (k < K - k0 - BLOCK_K)[None, :]
         codes = tl.load(w_ptrs, mask=after, other=0.0)
         if PARTS == 2:
-            up_codes = tl.load(w_ptrs + N * K, mask=after, other=0.0)
+            up_codes = tl.load(w_ptrs + up_at, mask=after, other=0.0)
 
     x_factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
     base = expert * (PARTS * N)
@@ -170,12 +180,12 @@ def down(
     INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.load(ids + token * TOP_K + slot, mask=slot < TOP_K, other=-1).to(tl.int32)
-    local = (expert >= 0) & (expert < E)
-    expert = tl.where(local, expert, 0)
+    found = tl.load(ids + token * TOP_K + slot, mask=slot < TOP_K, other=-1)
+    local = (slot < TOP_K) & (found >= 0) & (found < E)
+    expert = tl.where(local, found, 0).to(tl.int32)
     pair = token * TOP_K + tl.minimum(slot, TOP_K - 1)
     k = tl.arange(0, BLOCK_K)
-    w_lines = expert.to(tl.int64)[:, None] * N * K + row[None, :] * K
+    w_lines = expert.to(tl.int64)[:, None] * N * K + row.to(tl.int64)[None, :] * K
     w_ptrs = w + w_lines[:, :, None] + k[None, None, :]
     h_ptrs = h + pair.to(tl.int64)[:, None] * K + k[None, :]
     grid_n = tl.cdiv(N, BLOCK)

@@ -144,7 +144,7 @@ def fused_experts(
         a, a_scale = quantized(mid, w2, arithmetic)
         gemv_down(a, a_scale, topk_ids, topk_weights, w2, out, path.down, arithmetic)
         return out
-    routing = route(topk_ids, weights.num_experts, path.block_m)
+    routing = route(topk_ids, weights.num_experts, path.block_m, pdl=arithmetic.pdl)
     a, a_scale = quantized(x, w13, arithmetic, pdl=False)
     mid = x.new_empty(t * k, w2.k)
     run_gemm(
@@ -259,7 +259,8 @@ def gemv_up(
         HAS_BIAS=w.bias is not None,
         ROWS=config.rows,
         BLOCK_K=config.block_k,
-        PDL=pdl,
+        TRIGGER=arithmetic.pdl,
+        WAIT=pdl,
         num_warps=config.warps,
         **_pdl(pdl),
     )
@@ -317,9 +318,10 @@ def combine(
 
 
 def quantize_rows(
-    x: Tensor, scheme: OnlineQuantScheme, *, pdl: bool = False
+    x: Tensor, scheme: OnlineQuantScheme, *, trigger: bool = False, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`moeq.quantize.quantize_activations`, bit for bit; x [R, K] contiguous."""
+    """`moeq.quantize.quantize_activations`, bit for bit; x [R, K] contiguous. The next kernel may
+    overlap with it (`trigger`), and it with the previous one (`pdl`)."""
     r, k = x.shape
     by_block = scheme.granularity is Granularity.BLOCK
     codes = torch.empty_like(x, dtype=scheme.weight_dtype)
@@ -327,7 +329,8 @@ def quantize_rows(
     wide = max(128, triton.next_power_of_2(k))
     height = 1 if r <= 1024 else max(1, min(8, 4096 // wide))
     rows.quantize_rows[(triton.cdiv(r, height),)](
-        x, codes, scale, r, k, BLOCKS=by_block, HEIGHT=height, WIDE=wide, PDL=pdl,
+        x, codes, scale, r, k, BLOCKS=by_block, HEIGHT=height, WIDE=wide,
+        TRIGGER=trigger, WAIT=pdl,
         num_warps=max(4, min(16, wide * height // 1024)), **_pdl(pdl),
     )  # fmt: skip
     return codes, scale
@@ -339,7 +342,7 @@ def quantized(
     """Rows as the product takes them, and their scales where they are quantized."""
     if not (arithmetic.codes and w.scheme.quantizes_activations):
         return x, None
-    return quantize_rows(x, w.scheme, pdl=pdl and arithmetic.pdl)
+    return quantize_rows(x, w.scheme, trigger=arithmetic.pdl, pdl=pdl and arithmetic.pdl)
 
 
 def _codes(codes: Tensor, arithmetic: Arithmetic) -> Tensor:

@@ -92,7 +92,7 @@ def _decode(codes: Tensor, parts: int, first: int, width: int) -> Tensor:
     e, rows, k = codes.shape
     out = torch.empty(e, parts * width, k, dtype=torch.bfloat16, device=codes.device)
     wide = min(4096, triton.next_power_of_2(k))
-    decode_rows[(triton.cdiv(k, wide), parts * width, e)](
+    decode_rows[(parts * width, triton.cdiv(k, wide), e)](
         codes, out, first, width, rows // parts, k, PARTS=parts, WIDE=wide, num_warps=4
     )
     return out
@@ -153,8 +153,8 @@ def activate_rows(
 @triton.jit
 def decode_rows(w, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.constexpr):
     """w int8 [E, PARTS * N, K] -> out bf16 [E, PARTS * WIDTH, K], unscaled."""
-    k = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-    r = tl.program_id(1)
+    k = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    r = tl.program_id(0)
     e = tl.program_id(2).to(tl.int64)
     source = e * (PARTS * N) + (r // WIDTH) * N + FIRST + r % WIDTH
     codes = tl.load(w + source * K + k, mask=k < K, other=0)

@@ -35,6 +35,12 @@ FP8_CAPABILITY = (8, 9)
 
 _PDL_CAPABILITY = (9, 0)
 
+_LIBRARY_CAPABILITIES = (9, 10)
+"""Major compute capabilities for which `torch._grouped_mm` has kernels of its own; elsewhere it
+asks the device how many rows there are. It wants strides of 16 bytes, and fewer groups than"""
+
+_LIBRARY_EXPERTS = 1024
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -50,12 +56,12 @@ INTERPRETER = Gpu((8, 9), 227 << 10)
 
 @functools.cache
 def gpu(device: torch.device) -> Gpu:
-    """The GPU at `device`; for a CPU the interpreter."""
+    """The GPU at `device`, which has an index; for a CPU the interpreter."""
     if device.type != "cuda":
         return INTERPRETER
     from triton.runtime import driver
 
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index
     properties = driver.active.utils.get_device_properties(index)
     return Gpu(torch.cuda.get_device_capability(index), properties["max_shared_mem"])
 
@@ -91,23 +97,27 @@ def choose(
         shape: T, k, E, H, I; all positive.
         library: whether the whole layer may go to `moeq.kernels.triton.library`.
     """
-    t, k, e, _, _ = shape
+    t, k, e, h, i = shape
     math = arithmetic(device, scheme)
     pairs = t * k
     active = e * (1 - (1 - 1 / e) ** pairs)
     rows = pairs / active
     table = _tilings()[_family(scheme, math)]
     if t <= table["gemv"]["tokens"] and rows <= table["gemv"]["shared"]:
-        down = next(row for row in table["gemv"]["down"] if k <= row["top_k"])
-        return GemvPath(Gemv(*table["gemv"]["up"]), Gemv(*down["tiling"]))
+        down = next((row for row in table["gemv"]["down"] if k <= row["top_k"]), None)
+        if down is not None:
+            return GemvPath(Gemv(*table["gemv"]["up"]), Gemv(*down["tiling"]))
     part = table.get("library")
     if (
         library
         and part is not None
+        and not math.fp8_bits
         and rows >= part["rows"]
-        and scheme.weight_dtype == torch.int8
         and dtype == torch.bfloat16
-        and gpu(device).capability >= _PDL_CAPABILITY
+        and gpu(device).capability[0] in _LIBRARY_CAPABILITIES
+        and h % 8 == 0
+        and i % 8 == 0
+        and e < _LIBRARY_EXPERTS
     ):
         return LibraryPath(part["scratch"])
     entry = next(row for row in table["gemm"] if rows <= row["rows"])

@@ -53,13 +53,14 @@ def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
     return min(num_pairs, num_pairs // block_m + num_experts)
 
 
-def route(topk_ids: Tensor, num_experts: int, block_m: int) -> Routing:
+def route(topk_ids: Tensor, num_experts: int, block_m: int, *, pdl: bool = False) -> Routing:
     """Sort pairs by expert.
 
     Args:
         topk_ids: [T, k] integer, T * k > 0, contiguous.
         num_experts: E, held here.
         block_m: rows of a tile.
+        pdl: the next kernel may start before this one has ended.
     """
     p = topk_ids.numel()
     tiles = max_tiles(p, num_experts, block_m)
@@ -72,7 +73,7 @@ def route(topk_ids: Tensor, num_experts: int, block_m: int) -> Routing:
         chunk = triton.next_power_of_2(max(p, 32))
         _place[(num_experts, 1)](
             topk_ids, topk_ids, topk_ids, *routing, p, num_experts, tiles, block_m,
-            PADDED=padded, COUNTED=False, CHUNKS=1, CHUNK=chunk, COLUMN=1,
+            PADDED=padded, COUNTED=False, CHUNKS=1, CHUNK=chunk, COLUMN=1, TRIGGER=pdl,
             num_warps=4 if chunk <= 1024 else 8,
         )  # fmt: skip
         return routing
@@ -88,7 +89,7 @@ def route(topk_ids: Tensor, num_experts: int, block_m: int) -> Routing:
     _place[(num_experts, triton.cdiv(chunks, _SEGMENT))](
         small_ids, counts, totals, *routing, p, num_experts, tiles, block_m,
         PADDED=padded, COUNTED=True, CHUNKS=_SEGMENT, CHUNK=_CHUNK,
-        COLUMN=triton.next_power_of_2(chunks), num_warps=4,
+        COLUMN=triton.next_power_of_2(chunks), TRIGGER=pdl, num_warps=4,
     )  # fmt: skip
     return routing
 
@@ -100,9 +101,10 @@ def _count(
     """Histogram of every chunk, and of all of them (sums of integers: any order gives the same);
     and the ids in 16 bits, because every expert's programs will read all of them."""
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(ids + i, mask=i < P, other=-1).to(tl.int32)
-    local = (expert >= 0) & (expert < E)
-    tl.store(small_ids + i, tl.where(local, expert, -1).to(tl.int16), mask=i < P)
+    expert = tl.load(ids + i, mask=i < P, other=-1)
+    local = (i < P) & (expert >= 0) & (expert < E)
+    expert = tl.where(local, expert, -1).to(tl.int32)
+    tl.store(small_ids + i, expert.to(tl.int16), mask=i < P)
     found = tl.histogram(expert, PADDED, mask=local)
     every = tl.arange(0, PADDED)
     tl.store(counts + tl.program_id(0) * E + every, found, mask=every < E)
@@ -128,8 +130,11 @@ def _place(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMN: tl.constexpr,
+    TRIGGER: tl.constexpr,
 ):
     """Rows, and tiles, of expert program_id(0); of the CHUNKS chunks of program_id(1)."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
     me = tl.program_id(0)
     every = tl.arange(0, PADDED)
     first_chunk = tl.program_id(1) * CHUNKS
@@ -139,8 +144,9 @@ def _place(
         earlier = tl.sum(tl.load(counts + c * E + me, mask=c < first_chunk, other=0), 0)
     else:
         i = tl.arange(0, CHUNK)
-        expert = tl.load(ids + i, mask=i < P, other=-1).to(tl.int32)
-        total = tl.histogram(expert, PADDED, mask=(expert >= 0) & (expert < E))
+        expert = tl.load(ids + i, mask=i < P, other=-1)
+        local = (i < P) & (expert >= 0) & (expert < E)
+        total = tl.histogram(tl.where(local, expert, -1).to(tl.int32), PADDED, mask=local)
         earlier = 0
     mine = tl.sum(tl.where(every == me, total, 0), 0)
     first = tl.sum(tl.where(every < me, total, 0), 0)
@@ -148,7 +154,7 @@ def _place(
     row = first + earlier
     for chunk in tl.static_range(CHUNKS):
         i = (first_chunk + chunk) * CHUNK + tl.arange(0, CHUNK)
-        is_mine = tl.load(ids + i, mask=i < P, other=-1).to(tl.int32) == me
+        is_mine = (i < P) & (tl.load(ids + i, mask=i < P, other=-1) == me)
         rank = tl.cumsum(is_mine.to(tl.int32), 0)
         tl.store(pairs + row + rank - 1, i, mask=is_mine)
         tl.store(positions + i, row + rank - 1, mask=is_mine)

@@ -19,10 +19,18 @@ SCALE_MIN = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def scale_of(amax, CODES: tl.constexpr):
-    """fp32 scales from fp32 amaxes; 1 where amax is 0. CODES: the dtype of the codes."""
+    """fp32 scales from fp32 amaxes; 1 where amax is 0, NaN where it is NaN. CODES: their dtype."""
     qmax = INT8_MAX if CODES == tl.int8 else FP8_MAX
-    scale = tl.maximum(tl.div_rn(amax, amax * 0.0 + qmax), SCALE_MIN)
+    scale = tl.div_rn(amax, qmax)
+    scale = tl.maximum(scale, SCALE_MIN, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(amax == 0.0, 1.0, scale)
+
+
+@triton.jit
+def magnitude(value):
+    """|value| of fp32 as int32 bits: ordered as the values are, NaN above all. The hardware's
+    maximum of floats drops NaN."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -58,12 +66,14 @@ def quantize_rows(
     BLOCKS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    TRIGGER: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """x [R, K] -> codes [R, K], scale [R] or, with BLOCKS, [R, ceil(K / 128)]. WIDE >= K; HEIGHT
-    rows to a program."""
-    if PDL:
+    rows to a program. TRIGGER: the next kernel may start; WAIT: launched to overlap itself."""
+    if TRIGGER:
         tl.extra.cuda.gdc_launch_dependents()
+    if WAIT:
         tl.extra.cuda.gdc_wait()
     CODES: tl.constexpr = codes.dtype.element_ty
     r = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
@@ -74,7 +84,8 @@ def quantize_rows(
     if BLOCKS:
         COUNT: tl.constexpr = WIDE // BLOCK
         value = tl.reshape(value, (HEIGHT * COUNT, BLOCK))
-        by_block = scale_of(tl.max(tl.abs(value), 1), CODES)
+        amax = tl.max(magnitude(value), 1).to(tl.float32, bitcast=True)
+        by_block = scale_of(amax, CODES)
         code = tl.reshape(encode(value, by_block[:, None], CODES), (HEIGHT, WIDE))
         b = tl.arange(0, COUNT)
         grid_k = tl.cdiv(K, BLOCK)
@@ -84,7 +95,8 @@ def quantize_rows(
             mask=(r < R)[:, None] & (b < grid_k)[None, :],
         )
     else:
-        by_row = scale_of(tl.max(tl.abs(value), 1), CODES)
+        amax = tl.max(magnitude(value), 1).to(tl.float32, bitcast=True)
+        by_row = scale_of(amax, CODES)
         tl.store(scale + r, by_row, mask=r < R)
         code = encode(value, by_row[:, None], CODES)
     tl.store(codes + at, code, mask=mask)

@@ -19,7 +19,7 @@ from torch import Tensor
 from moeq.experts import scale_shape
 from moeq.kernels.triton.gemm import BLOCK
 from moeq.kernels.triton.plans import FP8_CAPABILITY, gpu
-from moeq.kernels.triton.rows import encode, scale_of
+from moeq.kernels.triton.rows import encode, magnitude, scale_of
 from moeq.schemes import Granularity
 
 _TILE = 1 << 14
@@ -81,22 +81,16 @@ def encode_weight(weight: Tensor, amax: Tensor, codes: Tensor, scale: Tensor) ->
 
 
 @triton.jit
-def _magnitude(value):
-    """|value| as int32 bits: ordered as the values are, NaN above all."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def _rows(w, codes, scale, N, K, HEIGHT: tl.constexpr, STEP: tl.constexpr):
     n = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     k = tl.arange(0, STEP)
     at = n.to(tl.int64)[:, None] * K + k[None, :]
-    magnitude = tl.zeros((HEIGHT, STEP), tl.int32)
+    highest = tl.zeros((HEIGHT, STEP), tl.int32)
     for k0 in range(0, K, STEP):
         mask = (n < N)[:, None] & (k < K - k0)[None, :]
         value = tl.load(w + at + k0, mask=mask, other=0.0).to(tl.float32)
-        magnitude = tl.maximum(magnitude, _magnitude(value))
-    amax = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
+        highest = tl.maximum(highest, magnitude(value))
+    amax = tl.max(highest, 1).to(tl.float32, bitcast=True)
     by_row = scale_of(amax, codes.dtype.element_ty)
     tl.store(scale + n, by_row, mask=n < N)
     for k0 in range(0, K, STEP):
@@ -113,7 +107,7 @@ def _blocks(w, codes, scale, N, K):
     at = n.to(tl.int64)[:, None] * K + k[None, :]
     mask = (n < N)[:, None] & (k < K)[None, :]
     value = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
-    amax = tl.max(tl.max(_magnitude(value), 1), 0).to(tl.float32, bitcast=True)
+    amax = tl.max(tl.max(magnitude(value), 1), 0).to(tl.float32, bitcast=True)
     mine = scale_of(amax, codes.dtype.element_ty)
     tl.store(scale + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), mine)
     tl.store(codes + at, encode(value, mine, codes.dtype.element_ty), mask=mask)
@@ -123,7 +117,7 @@ def _blocks(w, codes, scale, N, K):
 def _amax(w, bits, size, TILE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     value = tl.load(w + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.atomic_max(bits, tl.max(_magnitude(value), 0))
+    tl.atomic_max(bits, tl.max(magnitude(value), 0))
 
 
 @triton.jit
