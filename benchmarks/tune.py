@@ -1,6 +1,7 @@
 """Times candidate tilings of the Triton kernels on this GPU, checks their results, keeps the best.
 
     python benchmarks/tune.py --out results.json [--families ...] [--tokens ...]
+    python benchmarks/tune.py --gemv --out results.json
     python benchmarks/tune.py --ship results.json ...    # writes moeq's tilings.json
 
 Each product (up with its activation, down) is timed alone, with routing done, over rotated routings
@@ -65,7 +66,7 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
     """Tilings to try, by rows of a tile: what came near the best in wider searches."""
     if family == "decode":
         low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (32, 256, 4, 4)]
-        middle = [(128, 64, 4, 4), (128, 128, 4, 3)]
+        middle = [(128, 64, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (128, 128, 8, 3)]
         high = [(128, 64, 4, 3), (128, 64, 4, 4)]
         return {
             16: gemms(low),
@@ -88,7 +89,13 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
     swaps, promotes = (False, True), (family == "fp8",)
     low = [(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 256, 4, 3)]
     between = [(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3)]
-    middle = [(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3)]
+    middle = [
+        (128, 128, 4, 3),
+        (128, 128, 4, 4),
+        (128, 128, 8, 3),
+        (256, 128, 8, 3),
+        (64, 256, 4, 3),
+    ]
     high = [(128, 128, 4, 3), (256, 128, 8, 3), (256, 128, 8, 4)]
     return {
         16: gemms(low, swaps=swaps, promotes=promotes),
@@ -157,7 +164,8 @@ def compile_one(job: tuple[str, int, Gemm]) -> str:
     torch.cuda.set_device(0)
     weights = random_weights(FAMILIES[family], 2, 512, 512)
     try:  # a candidate that does not fit is only reported
-        run_both(weights, block_m, config, 16)
+        for tokens in (16, 1024):
+            run_both(weights, block_m, config, tokens)
     except Exception as error:  # noqa: BLE001
         return f"{job}: {str(error)[:120]}"
     return ""
@@ -176,7 +184,8 @@ def products(weights, ids, routing, block_m, t, k):
     w13, w2 = layer.projections(weights)
     x = torch.randn(t, w13.k, dtype=torch.bfloat16, device="cuda")
     h = torch.randn(t * k, w2.k, dtype=torch.bfloat16, device="cuda")
-    mid, y = torch.empty_like(h), x.new_empty(t * k, w13.k)
+    mid = torch.empty_like(h)
+    y = x.new_empty(t * k, w13.k, dtype=torch.float32 if t * k <= 1024 else None)  # as in layers
     a, a_scale = layer.quantized(x, w13, ON, pdl=False)
     b, b_scale = layer.quantized(h, w2, ON, pdl=False)
 
@@ -228,6 +237,68 @@ def error_of(call, config: Gemm, routing, k: int, is_up: bool) -> float:
     return worst
 
 
+def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
+    """Time the kernels for one token: rows and columns of a program, and its warps."""
+    results = []
+    for name, family in itertools.product(shapes, families):
+        e, k, h, i = SHAPES[name]
+        w13, w2 = layer.projections(random_weights(FAMILIES[family], e, h, i))
+        routed = routings(1, e, k, 16)
+        x = torch.randn(1, h, dtype=torch.bfloat16, device="cuda")
+        mid = torch.randn(k, i, dtype=torch.bfloat16, device="cuda")
+        factors = torch.rand(1, k, device="cuda")
+        a, b = (layer.quantized(v, w, ON, pdl=False) for v, w in ((x, w13), (mid, w2)))
+        columns = (128,) if family == "block" else (128, 256, 512, 1024)
+        for is_up, rows, block_k, warps in itertools.product(
+            (True, False), (1, 2, 4, 8, 16), columns, (1, 2, 4)
+        ):
+            if not 16 <= (2 if is_up else k) * rows * block_k / (32 * warps) <= 128:
+                continue
+            config = layer.Gemv(rows, block_k, warps)
+
+            def up(ids, config=config, a=a, w13=w13, mid=mid) -> None:
+                layer.gemv_up(*a, ids, w13, mid, "silu", config, ON, pdl=True)
+
+            def down(ids, config=config, b=b, w2=w2, x=x, factors=factors) -> None:
+                layer.gemv_down(*b, ids, factors, w2, torch.empty_like(x), config, ON)
+
+            us = graph_us([functools.partial(up if is_up else down, ids) for ids in routed])
+            results.append(
+                dict(gemv=True, shape=name, family=family, up=is_up, us=us, top_k=k,
+                     tiling=[rows, block_k, warps])
+            )  # fmt: skip
+        for is_up in (True, False):
+            mine = [
+                r for r in results if (r["shape"], r["family"], r["up"]) == (name, family, is_up)
+            ]
+            best = sorted(mine, key=lambda row: row["us"])[:4]
+            shown = " | ".join(f"{row['us']:.1f} us {row['tiling']}" for row in best)
+            print(f"{name} {family} {'up' if is_up else 'down'}: {shown}", flush=True)
+    return results
+
+
+def ship_gemv(rows: list[dict[str, Any]], tables: dict[str, Any]) -> None:
+    """One tiling for up; for down one by the number of slots that were measured."""
+    for family in {row["family"] for row in rows}:
+        mine = [row for row in rows if row["family"] == family]
+        table = tables[NAMES[family]]["gemv"]
+
+        def best(rows: list[dict[str, Any]]) -> list[int]:
+            times: dict[tuple[int, ...], list[float]] = {}
+            for row in rows:
+                times.setdefault(tuple(row["tiling"]), []).append(math.log(row["us"]))
+            most = max(len(found) for found in times.values())
+            complete = {tiling: sum(t) for tiling, t in times.items() if len(t) == most}
+            return list(min(complete, key=complete.__getitem__))
+
+        table["up"] = best([row for row in mine if row["up"]])
+        for top_k in {row["top_k"] for row in mine}:
+            tiling = best([row for row in mine if not row["up"] and row["top_k"] == top_k])
+            kept = [entry for entry in table["down"] if entry["top_k"] != top_k]
+            entry = {"top_k": top_k, "tiling": tiling}
+            table["down"] = sorted([*kept, entry], key=lambda entry: entry["top_k"])
+
+
 def rows_per_expert(shape: str, tokens: int) -> float:
     """See `moeq.kernels.triton.plans`."""
     e, k, _, _ = SHAPES[shape]
@@ -247,8 +318,10 @@ def ship(files: list[str]) -> None:
     fields = [field.name for field in dataclasses.fields(Gemm)]
     times: dict[tuple[str, float], Any] = {}
     for file in files:
-        for row in json.loads(Path(file).read_text()):
-            if row["error"] > WRONG:
+        rows = json.loads(Path(file).read_text())
+        ship_gemv([row for row in rows if "gemv" in row], tables)
+        for row in rows:
+            if "gemv" in row or row["error"] > WRONG:
                 continue
             case = (row["shape"], row["tokens"])
             limit = next(r for r in RANGES if rows_per_expert(*case) <= r)
@@ -298,6 +371,7 @@ def changed(config: Gemm) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ship", nargs="+", metavar="FILE", help="results to choose from")
+    parser.add_argument("--gemv", action="store_true", help="the kernels for one token instead")
     parser.add_argument("--out", default="tune.json")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[8, 32, 128, 512, 2048, 8192])
@@ -310,6 +384,9 @@ def main() -> None:
         return
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
+    if args.gemv:
+        Path(args.out).write_text(json.dumps(search_gemv(args.families, args.shapes)))
+        return
     jobs = [
         (f, bm, c)
         for f in args.families
