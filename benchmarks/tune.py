@@ -263,10 +263,8 @@ def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
                 layer.gemv_down(*b, ids, factors, w2, torch.empty_like(x), config, ON)
 
             us = graph_us([functools.partial(up if is_up else down, ids) for ids in routed])
-            results.append(
-                dict(gemv=True, shape=name, family=family, up=is_up, us=us, top_k=k,
-                     tiling=[rows, block_k, warps])
-            )  # fmt: skip
+            row = {"gemv": True, "shape": name, "family": family, "up": is_up, "us": us}
+            results.append({**row, "top_k": k, "tiling": [rows, block_k, warps]})
         for is_up in (True, False):
             mine = [
                 r for r in results if (r["shape"], r["family"], r["up"]) == (name, family, is_up)
