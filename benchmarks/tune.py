@@ -19,21 +19,18 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeq.experts import ExpertWeights, scale_shape
+from moe_kernels import SHAPES, graph_us, quantized
+from moeq.experts import ExpertWeights
 from moeq.kernels.triton import layer
 from moeq.kernels.triton.layer import Gemm
 from moeq.kernels.triton.routing import route
 from moeq.schemes import Granularity, OnlineQuantScheme
-
-SHAPES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336)}
-"""E, k, H, I."""
 
 RANGES = (1.6, 4.5, 16, 64, 256, 1024, 1e9)
 """Upper ends, in rows per active expert."""
@@ -113,56 +110,14 @@ FAMILIES = {
 }
 
 
-def random_weights(scheme: OnlineQuantScheme, e: int, h: int, i: int) -> ExpertWeights:
-    """Codes as they come out of quantizing normal weights, made without the weights."""
-
-    def codes(*shape: int) -> torch.Tensor:
-        out = torch.empty(shape, dtype=scheme.weight_dtype, device="cuda")
-        for part in out:
-            w = torch.randn(part.shape, device="cuda")
-            if scheme.weight_dtype == torch.int8:
-                part.copy_((w * 32).round_().clamp_(-127, 127))
-            else:
-                part.copy_((w * 100).clamp_(-448, 448))
-        return out
-
-    def scale(shape: tuple[int, ...], parts: int) -> torch.Tensor:
-        grid = scale_shape(scheme.granularity, shape, parts)
-        return (torch.rand(grid, device="cuda") + 0.5) * 6e-4
-
-    s13, s2 = (e, 2 * i, h), (e, h, i)
-    return ExpertWeights(scheme, codes(*s13), scale(s13, 2), codes(*s2), scale(s2, 1))
-
-
 def routings(t: int, e: int, k: int, n: int) -> list[torch.Tensor]:
     return [torch.rand(t, e, device="cuda").topk(k, -1).indices for _ in range(n)]
-
-
-def graph_us(calls, reps: int = 5) -> float:
-    """Microseconds of one call, median over replays of a graph that holds all of them."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(reps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def compile_one(job: tuple[str, int, Gemm]) -> str:
     family, block_m, config = job
     torch.cuda.set_device(0)
-    weights = random_weights(FAMILIES[family], 2, 512, 512)
+    weights = quantized(FAMILIES[family], 2, 512, 512)
     try:  # a candidate that does not fit is only reported
         for tokens in (16, 1024):
             run_both(weights, block_m, config, tokens)
@@ -242,7 +197,7 @@ def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
     results = []
     for name, family in itertools.product(shapes, families):
         e, k, h, i = SHAPES[name]
-        w13, w2 = layer.projections(random_weights(FAMILIES[family], e, h, i))
+        w13, w2 = layer.projections(quantized(FAMILIES[family], e, h, i))
         routed = routings(1, e, k, 16)
         x = torch.randn(1, h, dtype=torch.bfloat16, device="cuda")
         mid = torch.randn(k, i, dtype=torch.bfloat16, device="cuda")
@@ -374,7 +329,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[8, 32, 128, 512, 2048, 8192])
     parser.add_argument("--least-block-m", type=int, default=16)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["qwen3", "mixtral"])
     parser.add_argument("--seconds", type=float, default=420, help="stop measuring after")
     args = parser.parse_args()
     if args.ship:
@@ -400,7 +355,7 @@ def main() -> None:
     results = []
     for name, family in itertools.product(args.shapes, args.families):
         e, k, h, i = SHAPES[name]
-        weights = random_weights(FAMILIES[family], e, h, i)
+        weights = quantized(FAMILIES[family], e, h, i)
         for t in args.tokens:
             mean = t * k / e
             n = 6 if t <= 128 else 2
