@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
 
 _COMPILE_FROM_TOKENS = 1024
-"""16 layers of Qwen3-30B's size took 34 s to compile and 3.6 ms a token after that, on an H100 where
-transformers takes 31 ms a token uncompiled."""
+"""16 layers of Qwen3-30B's size took 34 s to compile and 3.6 ms a token after that, on an H100
+where transformers takes 31 ms a token uncompiled."""
 
 _EPILOG = """\b
 Examples:
