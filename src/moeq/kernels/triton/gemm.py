@@ -40,9 +40,11 @@ def decode_codes(codes, dtype: tl.constexpr, FP8_BITS: tl.constexpr):
         wide = codes.to(tl.int16)
         if dtype == tl.float16:
             return ((wide << 7) & -16385).to(tl.float16, bitcast=True) * 256.0
-        value = ((wide << 4) & -30736).to(tl.bfloat16, bitcast=True).to(tl.float32)
-        return (value * 1.329227995784916e36).to(dtype)
-    return codes.to(dtype)
+        else:
+            value = ((wide << 4) & -30736).to(tl.bfloat16, bitcast=True).to(tl.float32)
+            return (value * 1.329227995784916e36).to(dtype)
+    else:
+        return codes.to(dtype)
 
 
 @triton.jit
@@ -50,17 +52,30 @@ def activate(x, ACT: tl.constexpr):
     """The elementwise functions of `moeq.kernels.activations`, on fp32."""
     if ACT == "silu":
         return x / (1.0 + tl.exp(-x))
-    if ACT == "gelu":
+    elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACT == "gelu_tanh":
+    elif ACT == "gelu_tanh":
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x - x / (1.0 + tl.exp(2.0 * u))
-    if ACT == "relu":
+    elif ACT == "relu":
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ACT == "relu2":
+    elif ACT == "relu2":
         r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return r * r
-    return x
+    else:
+        return x
+
+
+@triton.jit
+def _rows_of(inner, pairs, TOP_K, WHICH: tl.constexpr):
+    """Rows of a tensor that belong to sorted rows: "sorted" themselves, "pair" their pair (token,
+    slot), "token" their token."""
+    if WHICH == "sorted":
+        return inner
+    elif WHICH == "pair":
+        return tl.load(pairs + inner)
+    else:
+        return tl.load(pairs + inner) // TOP_K
 
 
 @triton.jit
@@ -102,9 +117,8 @@ def grouped_gemm(
 ):
     """x [*, K], w [E, PARTS * N, K] -> out [*, N]. DENSE: E is 1 and all R rows belong to it.
 
-    X_ROWS, OUT_ROWS: which row of x and of out belongs to sorted row r: "sorted" r itself, "pair"
-    the pair (token, slot) that r is, "token" its token. ACT "" applies nothing; with PARTS == 2 and
-    ACT "" out is [*, 2 * N].
+    X_ROWS, OUT_ROWS: which rows of x and of out belong to sorted rows, see `_rows_of`. ACT ""
+    applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N].
     """
     COLS: tl.constexpr = BLOCK_N // PARTS
     num_n = tl.cdiv(N, COLS)
@@ -187,12 +201,7 @@ def _tile(
     COLS: tl.constexpr = BLOCK_N // PARTS
     rows = start + tl.arange(0, BLOCK_M)
     inner = tl.minimum(rows, stop - 1)
-    if X_ROWS == "sorted":
-        x_row = inner
-    elif X_ROWS == "pair":
-        x_row = tl.load(pairs + inner)
-    else:
-        x_row = tl.load(pairs + inner) // TOP_K
+    x_row = _rows_of(inner, pairs, TOP_K, X_ROWS)
 
     j = tl.arange(0, BLOCK_N)
     col = tl.minimum(n * COLS + j // PARTS, N - 1)
@@ -235,20 +244,23 @@ def _tile(
             wk = tl.load(w_ptrs, mask=k[None, :] < K - k0, other=0.0)
         if MATH == "decode":
             wk = decode_codes(wk, x.dtype.element_ty, FP8_BITS)
+        if SWAP:
+            left, right = wk, tl.trans(xk)
+        else:
+            left, right = xk, tl.trans(wk)
         if SCALES == "block":
             after = tl.minimum(k0 // BLOCK + 1, grid_k - 1)
             next_factor = tl.load(line + after)
             next_up_factor = tl.load(line + grid_n * grid_k + after) if PARTS == 2 else next_factor
             next_x_factor = tl.load(x_line + after) if MATH == "codes" else x_factor
+            product = tl.dot(left, right)
             if SWAP:
-                product = tl.dot(wk, tl.trans(xk))
                 if PARTS == 2:
                     by_row = tl.where(part == 0, factor, up_factor)
                     acc += product * (by_row[:, None] * x_factor[None, :])
                 else:
                     acc += product * (factor * x_factor)[None, :]
             else:
-                product = tl.dot(xk, tl.trans(wk))
                 if PARTS == 2:
                     acc += product * tl.where(
                         (part == 0)[None, :],
@@ -259,20 +271,11 @@ def _tile(
                     acc += product * (factor * x_factor)[:, None]
             factor, up_factor, x_factor = next_factor, next_up_factor, next_x_factor
         elif INTEGER:
-            if SWAP:
-                acc = tl.dot(wk, tl.trans(xk), acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(xk, tl.trans(wk), acc, out_dtype=tl.int32)
+            acc = tl.dot(left, right, acc, out_dtype=tl.int32)
         elif PROMOTE:
-            if SWAP:
-                acc += tl.dot(wk, tl.trans(xk))
-            else:
-                acc += tl.dot(xk, tl.trans(wk))
+            acc += tl.dot(left, right)
         else:
-            if SWAP:
-                acc = tl.dot(wk, tl.trans(xk), acc)
-            else:
-                acc = tl.dot(xk, tl.trans(wk), acc)
+            acc = tl.dot(left, right, acc)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 
@@ -290,10 +293,7 @@ def _tile(
     if HAS_BIAS:
         result += tl.load(bias + expert * (PARTS * N) + w_row).to(tl.float32)[None, :]
 
-    if OUT_ROWS == "sorted":
-        out_row = inner
-    else:
-        out_row = tl.load(pairs + inner)
+    out_row = _rows_of(inner, pairs, TOP_K, OUT_ROWS)
     # Columns that are not clamped: the compiler has to see that they are contiguous.
     out_col = n * COLS + tl.arange(0, COLS)
     mask = (rows < stop)[:, None] & (out_col < N)[None, :]
@@ -343,12 +343,7 @@ def _block_tile(
     HALF: tl.constexpr = BLOCK_N // 2
     rows = start + tl.arange(0, BLOCK_M)
     inner = tl.minimum(rows, stop - 1)
-    if X_ROWS == "sorted":
-        x_row = inner
-    elif X_ROWS == "pair":
-        x_row = tl.load(pairs + inner)
-    else:
-        x_row = tl.load(pairs + inner) // TOP_K
+    x_row = _rows_of(inner, pairs, TOP_K, X_ROWS)
     j = tl.arange(0, HALF)
     k = tl.arange(0, BLOCK_K)
     first = n * (BLOCK_N // PARTS)
@@ -392,10 +387,7 @@ def _block_tile(
         bias += expert * (PARTS * N)
         acc += tl.load(bias + row).to(tl.float32)[None, :]
         other_acc += tl.load(bias + other).to(tl.float32)[None, :]
-    if OUT_ROWS == "sorted":
-        out_row = inner
-    else:
-        out_row = tl.load(pairs + inner)
+    out_row = _rows_of(inner, pairs, TOP_K, OUT_ROWS)
     width = N if ACT != "" else PARTS * N
     target = out + out_row.to(tl.int64)[:, None] * width + col[None, :]
     inside_rows = (rows < stop)[:, None]

@@ -15,7 +15,7 @@ while its predecessor drains, and waits before it reads what that wrote.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -111,7 +111,7 @@ class Arithmetic:
 
     Attributes:
         codes: multiply codes by quantized activations; else decode codes to the rows' dtype.
-        fp8_bits: e4m3 is unknown to the GPU and taken apart by hand.
+        fp8_bits: codes are e4m3, which the GPU does not know: they are taken apart by hand.
         pdl: kernels may overlap.
     """
 
@@ -133,9 +133,7 @@ def fused_experts(
     w13, w2 = projections(weights)
     (t, h), k = x.shape, topk_ids.shape[1]
     if isinstance(path, LibraryPath):
-        return library.fused_experts(
-            x, topk_ids, topk_weights, weights, activation, path.scratch, arithmetic.pdl
-        )
+        return library.fused_experts(x, topk_ids, topk_weights, weights, activation, path.scratch)
     out = torch.empty_like(x)
     if isinstance(path, GemvPath):
         a, a_scale = quantized(x, w13, arithmetic, pdl=False)
@@ -157,7 +155,10 @@ def fused_experts(
         a, a_scale, routing, w2, y, "", k, path.block_m, path.down, arithmetic,
         x_rows="sorted", out_rows="pair",
     )  # fmt: skip
-    return combine(y, topk_ids, topk_weights, out, weights.num_experts, arithmetic)
+    rows.combine_rows(
+        y, topk_ids, topk_weights, out, weights.num_experts, pdl=arithmetic.pdl
+    )  # fmt: skip
+    return out
 
 
 def run_gemm(
@@ -186,9 +187,7 @@ def run_gemm(
     gemm.grouped_gemm[grid](
         x,
         x if x_scale is None else x_scale,
-        _codes(w.codes, arithmetic),
-        w.scale,
-        w.scale if w.bias is None else w.bias,
+        *_operands(w, arithmetic),
         out,
         *tables,
         x.shape[0],
@@ -200,10 +199,7 @@ def run_gemm(
         OUT_ROWS=out_rows,
         PARTS=w.parts,
         ACT=activation,
-        SCALES=_SCALES[w.scheme.granularity],
-        MATH="codes" if x_scale is not None else "decode",
-        FP8_BITS=arithmetic.fp8_bits and w.codes.dtype == torch.float8_e4m3fn,
-        HAS_BIAS=w.bias is not None,
+        **_constants(w, x_scale, arithmetic),
         EVEN_K=w.k % config.block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -217,7 +213,7 @@ def run_gemm(
         PDL=arithmetic.pdl,
         num_warps=config.warps,
         **({"maxnreg": config.registers} if config.registers else {}),
-        **_pdl(arithmetic.pdl),
+        **rows.launch_options(arithmetic.pdl),
     )
 
 
@@ -241,9 +237,7 @@ def gemv_up(
         x,
         x if x_scale is None else x_scale,
         x if topk_ids is None else topk_ids,
-        _codes(w.codes, arithmetic),
-        w.scale,
-        w.scale if w.bias is None else w.bias,
+        *_operands(w, arithmetic),
         out,
         w.codes.shape[0],
         w.n,
@@ -253,16 +247,13 @@ def gemv_up(
         X_PER_PAIR=x.shape[0] == pairs,
         PARTS=w.parts,
         ACT=activation,
-        SCALES=_SCALES[w.scheme.granularity],
-        MATH="codes" if x_scale is not None else "decode",
-        FP8_BITS=arithmetic.fp8_bits and w.codes.dtype == torch.float8_e4m3fn,
-        HAS_BIAS=w.bias is not None,
+        **_constants(w, x_scale, arithmetic),
         ROWS=config.rows,
         BLOCK_K=config.block_k,
         TRIGGER=arithmetic.pdl,
         WAIT=pdl,
         num_warps=config.warps,
-        **_pdl(pdl),
+        **rows.launch_options(pdl),
     )
 
 
@@ -283,38 +274,20 @@ def gemv_down(
         h if h_scale is None else h_scale,
         topk_ids,
         topk_weights,
-        _codes(w.codes, arithmetic),
-        w.scale,
-        w.scale if w.bias is None else w.bias,
+        *_operands(w, arithmetic),
         out,
         w.codes.shape[0],
         w.n,
         w.k,
         k,
         SLOTS=triton.next_power_of_2(k),
-        SCALES=_SCALES[w.scheme.granularity],
-        MATH="codes" if h_scale is not None else "decode",
-        FP8_BITS=arithmetic.fp8_bits and w.codes.dtype == torch.float8_e4m3fn,
-        HAS_BIAS=w.bias is not None,
+        **_constants(w, h_scale, arithmetic),
         ROWS=config.rows,
         BLOCK_K=config.block_k,
         PDL=arithmetic.pdl,
         num_warps=config.warps,
-        **_pdl(arithmetic.pdl),
+        **rows.launch_options(arithmetic.pdl),
     )
-
-
-def combine(
-    y: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    out: Tensor,
-    num_experts: int,
-    arithmetic: Arithmetic,
-) -> Tensor:
-    """y [T * k, H], one row a pair -> out [T, H]."""
-    rows.combine_rows(y, topk_ids, topk_weights, out, num_experts, pdl=arithmetic.pdl)
-    return out
 
 
 def quantize_rows(
@@ -331,7 +304,7 @@ def quantize_rows(
     rows.quantize_rows[(triton.cdiv(r, height),)](
         x, codes, scale, r, k, BLOCKS=by_block, HEIGHT=height, WIDE=wide,
         TRIGGER=trigger, WAIT=pdl,
-        num_warps=max(4, min(16, wide * height // 1024)), **_pdl(pdl),
+        num_warps=max(4, min(16, wide * height // 1024)), **rows.launch_options(pdl),
     )  # fmt: skip
     return codes, scale
 
@@ -345,13 +318,17 @@ def quantized(
     return quantize_rows(x, w.scheme, trigger=arithmetic.pdl, pdl=pdl and arithmetic.pdl)
 
 
-def _codes(codes: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """Codes as kernels load them."""
-    if arithmetic.fp8_bits and codes.dtype == torch.float8_e4m3fn:
-        return codes.view(torch.int8)
-    return codes
+def _operands(w: Projection, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and bias as kernels take them; what is absent is some tensor, never read."""
+    codes = w.codes.view(torch.int8) if arithmetic.fp8_bits else w.codes
+    return codes, w.scale, w.scale if w.bias is None else w.bias
 
 
-def _pdl(on: bool) -> dict[str, bool]:
-    """The launch option; the interpreter knows no such thing."""
-    return {"launch_pdl": True} if on else {}
+def _constants(w: Projection, row_scale: Tensor | None, arithmetic: Arithmetic) -> dict[str, Any]:
+    """What every product has to know of its weights, and of whether its rows are quantized."""
+    return {
+        "SCALES": _SCALES[w.scheme.granularity],
+        "MATH": "decode" if row_scale is None else "codes",
+        "FP8_BITS": arithmetic.fp8_bits,
+        "HAS_BIAS": w.bias is not None,
+    }

@@ -33,7 +33,6 @@ def fused_experts(
     weights: ExpertWeights,
     activation: str,
     scratch: int,
-    pdl: bool,
 ) -> Tensor:
     """One MoE layer; int8 codes with a scale per row, x bf16 [T, H], T * k > 0.
 
@@ -44,7 +43,6 @@ def fused_experts(
         weights: of the E experts held here.
         activation: a key of `ACTIVATIONS`.
         scratch: bytes of decoded weights held at a time.
-        pdl: kernels may overlap.
     """
     (t, h), k = x.shape, topk_ids.shape[1]
     e, parts, i = weights.num_experts, weights.parts, weights.w2.shape[2]

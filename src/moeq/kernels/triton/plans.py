@@ -122,7 +122,7 @@ def choose(
         return LibraryPath(part["scratch"])
     entry = next(row for row in table["gemm"] if rows <= row["rows"])
     limit = gpu(device).shared_memory
-    sizes = (1, 1) if math.codes else (dtype.itemsize, 1)
+    sizes = _sizes(math, dtype)
     up, down = (
         fitted(Gemm(**entry[name]), entry["block_m"], sizes, limit) for name in ("up", "down")
     )
@@ -152,7 +152,7 @@ def shared_memory(config: Gemm, block_m: int, sizes: tuple[int, int]) -> int:
 
 def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torch.dtype) -> int:
     """Bytes of shared memory below which some number of tokens has no tiling."""
-    sizes = (1, 1) if math.codes else (dtype.itemsize, 1)
+    sizes = _sizes(math, dtype)
     return max(
         shared_memory(
             fitted(Gemm(**entry[name]), entry["block_m"], sizes, 0), entry["block_m"], sizes
@@ -160,6 +160,11 @@ def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torc
         for entry in _tilings()[_family(scheme, math)]["gemm"]
         for name in ("up", "down")
     )
+
+
+def _sizes(math: Arithmetic, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of an element of the rows, and of the weight, as a product loads them."""
+    return (1 if math.codes else dtype.itemsize), 1
 
 
 def _family(scheme: OnlineQuantScheme, math: Arithmetic) -> str:

@@ -1,4 +1,4 @@
-"""From the router's choice to rows sorted by expert, on the device, without atomics.
+"""From the router's choice to rows sorted by expert, on the device, the same on every run.
 
 A *pair* is (token, slot), numbered token * k + slot. Routing gives
 
@@ -10,8 +10,9 @@ A *pair* is (token, slot), numbered token * k + slot. Routing gives
     tile_row    int32 [tiles]    first row of every tile
 
 One program per expert (and segment of pairs) counts what comes before its rows and ranks its own,
-so that the result is the same from run to run. Ids outside 0..E-1 belong to other ranks: their
-pairs are in no row. The number of tiles is bounded on the host and never read back.
+so that no order of programs shows (sums of counts are the only atomics). Ids outside 0..E-1 belong
+to other ranks: their pairs are in no row. The number of tiles is bounded on the host and never read
+back.
 """
 
 from __future__ import annotations

@@ -102,6 +102,11 @@ def quantize_rows(
     tl.store(codes + at, code, mask=mask)
 
 
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Of a kernel that may overlap with its predecessor; the interpreter knows no such thing."""
+    return {"launch_pdl": True} if pdl else {}
+
+
 def combine_rows(
     y: Tensor,
     topk_ids: Tensor,
@@ -150,7 +155,7 @@ def combine_rows(
         WIDE=wide,
         PDL=pdl,
         num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(pdl),
     )
 
 
