@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.experts import ExpertWeights
 from moeq.kernels import cpu, reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
-from tests.kernels.layers import random_weights, route
+from tests.kernels.layers import random_weights, route, truth
 
 W8A16 = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
 W8A8 = OnlineQuantScheme.INT8_PER_CHANNEL
@@ -37,30 +36,6 @@ products. int8 activations add nothing: their codes are the same integers on bot
 WITHOUT_VNNI = 2
 """times that, in bf16: products of int8 are rounded to bf16 before they are quantized again, and
 about half of the codes come out one off."""
-
-
-def truth(
-    x: Tensor, ids: Tensor, topk_weights: Tensor, w: ExpertWeights, activation: str
-) -> Tensor:
-    """fp64 [T, H], one row at a time."""
-    if w.scheme is W8A8:
-        return reference.fused_experts(x, ids, topk_weights, w, activation).double()
-    grain, out = w.scheme.granularity, torch.zeros(x.shape, dtype=torch.float64)
-    w13 = dequantize(w.w13, w.w13_scale, grain, parts=w.parts, dtype=torch.float64)
-    w2 = dequantize(w.w2, w.w2_scale, grain, dtype=torch.float64)
-    for t, slot in torch.cartesian_prod(torch.arange(len(ids)), torch.arange(ids.shape[1])):
-        e = int(ids[t, slot])
-        if not 0 <= e < w.num_experts:
-            continue
-        h13 = w13[e] @ x[t].double()
-        if w.b13 is not None:
-            h13 += w.b13[e]
-        gate, up = h13.chunk(2) if w.is_gated else (h13, 1)
-        y = w2[e] @ (ACTIVATIONS[activation](gate) * up)
-        if w.b2 is not None:
-            y += w.b2[e]
-        out[t] += topk_weights[t, slot] * y
-    return out
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from moeq.experts import ExpertWeights
 from moeq.kernels import reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.schemes import Granularity, OnlineQuantScheme
-from tests.kernels.layers import random_weights, route
+from tests.kernels.layers import random_weights, route, truth
 from tests.kernels.triton.device import DEVICE, needs_gpu, to_device
 
 pytestmark = [
@@ -147,31 +147,9 @@ def test_every_shipped_tiling(family: str, row: dict[str, Any]) -> None:
         expected = reference.fused_experts(x, ids, factors, weights, "silu")
         assert_close(actual, expected, scheme)
     else:
-        expected = weight_only_truth(x, ids, factors, weights)
+        expected = truth(x, ids, factors, weights, "silu").to(x.dtype)
         assert_close(actual, expected, SCHEMES["decode"])
     assert torch.equal(actual, layer.fused_experts(*args, path, arithmetic).cpu())
-
-
-def weight_only_truth(x: Tensor, ids: Tensor, factors: Tensor, w: ExpertWeights) -> Tensor:
-    """With activations as they are, whatever the scheme: int8 codes stand in for fp8 values."""
-    from moeq.quantize import dequantize
-
-    grain = w.scheme.granularity
-    w13 = dequantize(w.w13, w.w13_scale, grain, parts=w.parts)
-    w2 = dequantize(w.w2, w.w2_scale, grain)
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    for slot in range(ids.shape[1]):
-        for expert in ids[:, slot].unique().tolist():
-            here = ids[:, slot] == expert
-            h13 = x[here].float() @ w13[expert].T
-            if w.b13 is not None:
-                h13 = h13 + w.b13[expert].float()
-            gate, up = h13.chunk(2, -1)
-            y = (torch.nn.functional.silu(gate) * up) @ w2[expert].T
-            if w.b2 is not None:
-                y = y + w.b2[expert].float()
-            out[here] += y * factors[here, slot, None]
-    return out.to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -194,7 +172,7 @@ def test_fp8_without_fp8_units_is_weight_only_and_exact(
         ids, factors = route(t, 2, 4)
         x = torch.randn(t, 140).to(dtype)
         actual = run(x, ids, factors, weights, "silu", None)
-        expected = weight_only_truth(x, ids, factors, weights)
+        expected = truth(x, ids, factors, weights, "silu").to(x.dtype)
         # The scale of a block multiplies after rounding to the rows' dtype in neither
         assert_close(actual, expected, SCHEMES["decode"])
     finally:
