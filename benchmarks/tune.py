@@ -50,50 +50,46 @@ def gemms(
     swaps=(False,),
     promotes=(False,),
     tails=(0,),
-    halves=False,
+    **fixed: Any,
 ) -> list[Gemm]:
     """rows: block_n, block_k, warps, stages and, optionally, registers."""
     return [
-        Gemm(r[0], r[1], r[2], r[3], g, s, p, r[4] if len(r) > 4 else None, tail, halves)
+        Gemm(*r[:4], group_m=g, swap=s, promote=p, registers=r[4] if len(r) > 4 else None,
+             tail_m=tail, **fixed)
         for r, g, s, p, tail in itertools.product(rows, groups, swaps, promotes, tails)
-    ]
+    ]  # fmt: skip
 
 
 def candidates(family: str) -> dict[int, list[Gemm]]:
     """Tilings to try, by rows of a tile: what came near the best in wider searches."""
     if family == "decode":
-        low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (32, 256, 4, 4)]
+        low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (64, 256, 4, 4)]
+        low += [(32, 256, 4, 4), (128, 256, 4, 3), (64, 256, 8, 3), (64, 128, 2, 4)]
         middle = [(128, 64, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (128, 128, 8, 3)]
-        high = [(128, 64, 4, 3), (128, 64, 4, 4)]
         return {
             16: gemms(low),
             32: gemms([(128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 3)]),
-            64: gemms(middle, groups=(4, 16), tails=(0, 32)),
-            128: gemms(high, groups=(16, 32), tails=(0, 32, 64)),
+            64: gemms(middle, groups=(16,), tails=(0, 32)),
+            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16, 32), tails=(0, 32, 64)),
         }
     if family == "block":
         low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)]
         middle = [(128, 128, 4, 3), (128, 128, 4, 4)]
-        halved = [(128, 128, 8, 3), (128, 128, 8, 3, 128), (128, 128, 8, 2, 128), (256, 128, 8, 3)]
+        halved = [(256, 128, 8, 3), (256, 128, 8, 4)]
         return {
             16: gemms(low, swaps=(False, True)),
             32: gemms([(64, 128, 4, 4), *middle], swaps=(False, True)),
-            64: gemms(middle, groups=(4, 16), tails=(0, 32))
-            + gemms([(128, 128, 4, 3, 168)], groups=(16,), halves=True),
-            128: gemms([(128, 128, 8, 3)], groups=(16, 32), tails=(0, 64))
-            + gemms(halved, groups=(16, 32), halves=True),
+            64: gemms(middle, groups=(16,), tails=(0, 32))
+            + gemms([(128, 128, 4, 3, 168), (256, 128, 4, 2)], groups=(16,), halves=True),
+            128: gemms([(128, 128, 8, 3)], groups=(16,), tails=(64,))
+            + gemms(halved, groups=(8, 16, 32), tails=(0, 32, 64), halves=True),
         }
     swaps, promotes = (False, True), (family == "fp8",)
     low = [(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 256, 4, 3)]
     between = [(64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3)]
-    middle = [
-        (128, 128, 4, 3),
-        (128, 128, 4, 4),
-        (128, 128, 8, 3),
-        (256, 128, 8, 3),
-        (64, 256, 4, 3),
-    ]
-    high = [(128, 128, 4, 3), (256, 128, 8, 3), (256, 128, 8, 4)]
+    middle = [(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 3), (256, 128, 8, 3)]
+    middle += [(256, 128, 4, 3), (64, 256, 4, 3)]
+    high = [(128, 128, 4, 3), (256, 128, 8, 3), (256, 128, 8, 4), (256, 256, 8, 2)]
     return {
         16: gemms(low, swaps=swaps, promotes=promotes),
         32: gemms(between, swaps=swaps, promotes=promotes),
@@ -203,11 +199,11 @@ def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
         mid = torch.randn(k, i, dtype=torch.bfloat16, device="cuda")
         factors = torch.rand(1, k, device="cuda")
         a, b = (layer.quantized(v, w, ON, pdl=False) for v, w in ((x, w13), (mid, w2)))
-        columns = (128,) if family == "block" else (128, 256, 512, 1024)
+        columns = (128, 256, 512, 1024)
         for is_up, rows, block_k, warps in itertools.product(
-            (True, False), (1, 2, 4, 8, 16), columns, (1, 2, 4)
+            (True, False), (1, 2, 4, 8), columns, (1, 2, 4)
         ):
-            if not 16 <= (2 if is_up else k) * rows * block_k / (32 * warps) <= 128:
+            if not 16 <= (2 if is_up else k) * rows * block_k / (32 * warps) <= 64:
                 continue
             config = layer.Gemv(rows, block_k, warps)
 

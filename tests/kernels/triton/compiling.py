@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moeq.kernels import triton as backend
 from moeq.kernels.triton import gemm, gemv, layer, plans, routing, rows, weights
@@ -39,7 +40,7 @@ _LAUNCHED = {
     gemm: ("grouped_gemm",),
     gemv: ("up", "down"),
     rows: ("quantize_rows", "combine"),
-    routing: ("_count", "_place"),
+    routing: ("_count", "_add_up", "_place"),
     weights: ("_rows", "_blocks", "_amax", "_encode"),
 }
 
@@ -66,6 +67,9 @@ class Compiled:
             if parameter.is_constexpr:
                 signature[parameter.name] = "constexpr"
                 constants[(index,)] = value
+            elif isinstance(value, TensorDescriptor):
+                box = ", ".join(map(str, value.block_shape))
+                signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{box}]>"
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = _TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]

@@ -20,7 +20,7 @@ if not HAS_GPU:
 
     interpreter.repair()
 
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+DEVICE = torch.device("cuda:0" if HAS_GPU else "cpu")
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
 

@@ -152,6 +152,27 @@ def test_every_shipped_tiling(family: str, row: dict[str, Any]) -> None:
     assert torch.equal(actual, layer.fused_experts(*args, path, arithmetic).cpu())
 
 
+@pytest.mark.parametrize("block_n", [128, 256])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("h", "i"), [(272, 144), (80, 400)])
+def test_halves_of_tiles_that_end_inside_a_block(h: int, i: int, gated: bool, block_n: int) -> None:
+    """Past the last block there is no scale, and the next row is of another projection."""
+    from moeq.kernels.triton import layer, plans
+    from moeq.kernels.triton.layer import Gemm, GemmPath
+
+    scheme = OnlineQuantScheme.FP8_PER_BLOCK
+    weights = random_weights(scheme, 3, h, i, gated=gated, bias=torch.bfloat16)
+    ids, factors = route(90, 2, 3)
+    x = torch.randn(90, h).bfloat16()
+    config = Gemm(block_n, 128, 4, 2, tail_m=32, halves=True)
+    arithmetic = plans.arithmetic(DEVICE, scheme)
+    moved = [v.to(DEVICE).contiguous() for v in (x, ids, factors)]
+    path = GemmPath(64, config, config)
+    args = (*moved, to_device(weights), "silu", path, arithmetic)
+    actual = layer.fused_experts(*args).cpu()
+    assert_close(actual, reference.fused_experts(x, ids, factors, weights, "silu"), scheme)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("t", [1, 5, 60])
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def check(ids: Tensor, num_experts: int, block_m: int) -> None:
         (1, 1, 1, 16),
         (5, 3, 7, 16),
         (100, 8, 12, 16),
-        (513, 8, 40, 128),  # one more than a single program sorts
+        (513, 8, 40, 128),  # counted by a kernel of their own
         (2100, 2, 3, 64),
     ],
 )
@@ -58,6 +58,15 @@ def test_all_tokens_to_one_expert(t: int) -> None:
 @pytest.mark.parametrize("t", [3, 700])
 def test_all_tokens_to_other_ranks(t: int) -> None:
     check(torch.full((t, 8), -1), 6, 16)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_programs_that_place_several_chunks(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeq.kernels.triton import routing
+
+    monkeypatch.setattr(routing, "_FEW", 100)
+    monkeypatch.setattr(routing, "_PROGRAMS", programs)
+    check(torch.randint(-1, 8, (150, 4)), 7, 16)
 
 
 @needs_gpu

@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(128)
+from moeq.kernels.triton.rows import BLOCK
 
 
 @triton.jit
@@ -118,7 +118,8 @@ def grouped_gemm(
     """x [*, K], w [E, PARTS * N, K] -> out [*, N]. DENSE: E is 1 and all R rows belong to it.
 
     X_ROWS, OUT_ROWS: which rows of x and of out belong to sorted rows, see `_rows_of`. ACT ""
-    applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N].
+    applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N]. HALVES: see `_block_tile`; w is a
+    tensor descriptor of [E * PARTS * N, K].
     """
     COLS: tl.constexpr = BLOCK_N // PARTS
     num_n = tl.cdiv(N, COLS)
@@ -143,19 +144,25 @@ def grouped_gemm(
             return
         start = tl.load(tile_row + m)
         stop = tl.load(offsets + expert + 1)
-    if HALVES:
+    # What is left of an expert's rows after whole tiles is often little: a lower tile wastes less.
+    if TAIL_M > 0 and stop - start <= TAIL_M:
+        if HALVES:
+            _block_tile(
+                x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
+                TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, HAS_BIAS, EVEN_K, TAIL_M, BLOCK_N, BLOCK_K,
+                STAGES,
+            )  # fmt: skip
+        else:
+            _tile(
+                x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
+                TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, HAS_BIAS, EVEN_K,
+                TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+            )  # fmt: skip
+    elif HALVES:
         _block_tile(
             x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
             TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
             STAGES,
-        )  # fmt: skip
-        return
-    # What is left of an expert's rows after whole tiles is often little: a lower tile wastes less.
-    if TAIL_M > 0 and stop - start <= TAIL_M:
-        _tile(
-            x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
-            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, HAS_BIAS, EVEN_K,
-            TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
         )  # fmt: skip
     else:
         _tile(
@@ -337,66 +344,59 @@ def _block_tile(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`_tile` for many rows and scales of blocks: the halves of the weight tile (gate and up, where
-    there is a gate) are multiplied one after the other, so that the product that waits for its
-    factor takes half the registers, and a second program fits onto the multiprocessor."""
+    """`_tile` for many rows and scales of blocks; w is a tensor descriptor.
+
+    The halves of the weight tile (gate and up, where there is a gate) are multiplied one after the
+    other: while one is scaled and added, the other is in the tensor cores, and the product that
+    waits for its factor takes half the registers.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     rows = start + tl.arange(0, BLOCK_M)
     inner = tl.minimum(rows, stop - 1)
     x_row = _rows_of(inner, pairs, TOP_K, X_ROWS)
-    j = tl.arange(0, HALF)
     k = tl.arange(0, BLOCK_K)
-    first = n * (BLOCK_N // PARTS)
-    col = first + j
-    shift = N if PARTS == 2 else HALF
-    row = tl.minimum(col, N - 1)
-    other = tl.minimum(col, N - 1) + N if PARTS == 2 else tl.minimum(col + HALF, N - 1)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    base = w + (tl.zeros((), tl.int64) + PARTS * N) * K * expert
-    w_ptrs = base + row.to(tl.int64)[:, None] * K + k[None, :]
-    other_ptrs = base + other.to(tl.int64)[:, None] * K + k[None, :]
+    first = n * (BLOCK_N // PARTS)
+    line = expert * (PARTS * N) + first
+    shift = N if PARTS == 2 else HALF
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
-    line = w_scale + (expert * (PARTS * grid_n) + first // BLOCK) * grid_k
-    other_line = line + grid_n * grid_k if PARTS == 2 else line
-    x_line = x_scale + x_row * grid_k
-    factor, other_factor, x_factor = tl.load(line), tl.load(other_line), tl.load(x_line)
+    block = first // BLOCK
+    other_block = block + grid_n if PARTS == 2 else tl.minimum((first + HALF) // BLOCK, grid_n - 1)
+    factors = w_scale + (expert * (PARTS * grid_n) + block) * grid_k
+    other_factors = w_scale + (expert * (PARTS * grid_n) + other_block) * grid_k
+    x_factors = x_scale + x_row * grid_k
     acc = tl.zeros((BLOCK_M, HALF), tl.float32)
     other_acc = tl.zeros((BLOCK_M, HALF), tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             xk = tl.load(x_ptrs)
-            wk = tl.load(w_ptrs)
-            other_k = tl.load(other_ptrs)
         else:
-            inside = k[None, :] < K - k0
-            xk = tl.load(x_ptrs, mask=inside, other=0.0)
-            wk = tl.load(w_ptrs, mask=inside, other=0.0)
-            other_k = tl.load(other_ptrs, mask=inside, other=0.0)
-        after = tl.minimum(k0 // BLOCK + 1, grid_k - 1)
-        next_factor, next_other = tl.load(line + after), tl.load(other_line + after)
-        next_x_factor = tl.load(x_line + after)
+            xk = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
+        wk = w.load([line, k0])
+        other_k = w.load([line + shift, k0])
+        factor, other_factor = tl.load(factors + k0 // BLOCK), tl.load(other_factors + k0 // BLOCK)
+        x_factor = tl.load(x_factors + k0 // BLOCK)
         acc += tl.dot(xk, tl.trans(wk)) * (factor * x_factor)[:, None]
         other_acc += tl.dot(xk, tl.trans(other_k)) * (other_factor * x_factor)[:, None]
-        factor, other_factor, x_factor = next_factor, next_other, next_x_factor
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        other_ptrs += BLOCK_K
 
+    col = first + tl.arange(0, HALF)
     if HAS_BIAS:
         bias += expert * (PARTS * N)
-        acc += tl.load(bias + row).to(tl.float32)[None, :]
-        other_acc += tl.load(bias + other).to(tl.float32)[None, :]
+        acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+        other = tl.load(bias + shift + col, mask=shift + col < PARTS * N, other=0.0)
+        other_acc += other.to(tl.float32)[None, :]
     out_row = _rows_of(inner, pairs, TOP_K, OUT_ROWS)
     width = N if ACT != "" else PARTS * N
     target = out + out_row.to(tl.int64)[:, None] * width + col[None, :]
-    inside_rows = (rows < stop)[:, None]
+    inside = (rows < stop)[:, None] & (col < N)[None, :]
     if PARTS == 2 and ACT != "":
         h = activate(acc, ACT) * other_acc
-        tl.store(target, h.to(out.dtype.element_ty), mask=inside_rows & (col < N)[None, :])
+        tl.store(target, h.to(out.dtype.element_ty), mask=inside)
     else:
-        other_col = col if PARTS == 2 else col + HALF
-        result = activate(acc, ACT).to(out.dtype.element_ty)
-        tl.store(target, result, mask=inside_rows & (col < N)[None, :])
+        tl.store(target, activate(acc, ACT).to(out.dtype.element_ty), mask=inside)
+        if PARTS == 1:
+            inside = (rows < stop)[:, None] & (col + HALF < N)[None, :]
         result = activate(other_acc, ACT).to(out.dtype.element_ty)
-        tl.store(target + shift, result, mask=inside_rows & (other_col < N)[None, :])
+        tl.store(target + shift, result, mask=inside)

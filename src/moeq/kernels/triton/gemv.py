@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moeq.kernels.triton.gemm import BLOCK, activate, decode_codes
+from moeq.kernels.triton.gemm import activate, decode_codes
+from moeq.kernels.triton.rows import BLOCK
 
 
 @triton.jit
@@ -33,6 +34,14 @@ def _values(codes, FP8_BITS: tl.constexpr, INTEGER: tl.constexpr):
         return bits.to(tl.float32, bitcast=True) - 8388736.0
     else:
         return codes.to(tl.float32)
+
+
+@triton.jit
+def _by_block(x, factor):
+    """x [..., K] times factor [..., K / 128] of its blocks."""
+    blocks: tl.constexpr = x.numel // BLOCK
+    product = tl.reshape(x, (blocks, BLOCK)) * tl.reshape(factor, (blocks,))[:, None]
+    return tl.reshape(product, x.shape)
 
 
 @triton.jit
@@ -102,15 +111,17 @@ def up(
         inside = k < K - k0
         xk = _values(tl.load(x_ptrs, mask=inside, other=0.0), False, INTEGER)
         if SCALES == "block":
-            tl.static_assert(BLOCK_K == BLOCK)
             line = expert * (PARTS * grid_n) + tl.program_id(0) * ROWS // BLOCK
+            b = k0 // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
+            factor = tl.load(w_scale + line * grid_k + b, mask=b < grid_k, other=0.0)
             if MATH == "codes":
-                xk *= tl.load(x_scale + x_row * grid_k + k0 // BLOCK)
-            factor = tl.load(w_scale + line * grid_k + k0 // BLOCK)
-            acc += _values(codes, FP8_BITS, INTEGER) * (xk * factor)[None, :]
+                x_factor = tl.load(x_scale + x_row * grid_k + b, mask=b < grid_k, other=0.0)
+                xk = _by_block(xk, x_factor)
+            acc += _values(codes, FP8_BITS, INTEGER) * _by_block(xk, factor)[None, :]
             if PARTS == 2:
-                factor = tl.load(w_scale + (line + grid_n) * grid_k + k0 // BLOCK)
-                acc_up += _values(up_codes, FP8_BITS, INTEGER) * (xk * factor)[None, :]
+                line += grid_n
+                factor = tl.load(w_scale + line * grid_k + b, mask=b < grid_k, other=0.0)
+                acc_up += _values(up_codes, FP8_BITS, INTEGER) * _by_block(xk, factor)[None, :]
         else:
             acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
             if PARTS == 2:
@@ -199,12 +210,13 @@ def down(
         inside = local[:, None] & (k < K - k0)[None, :]
         hk = _values(tl.load(h_ptrs, mask=inside, other=0.0), False, INTEGER)
         if SCALES == "block":
-            tl.static_assert(BLOCK_K == BLOCK)
             line = expert * grid_n + tl.program_id(0) * ROWS // BLOCK
-            factor = tl.load(w_scale + line * grid_k + k0 // BLOCK)
+            b = k0 // BLOCK + tl.arange(0, BLOCK_K // BLOCK)[None, :]
+            factor = tl.load(w_scale + line[:, None] * grid_k + b, mask=b < grid_k, other=0.0)
             if MATH == "codes":
-                factor *= tl.load(h_scale + pair * grid_k + k0 // BLOCK)
-            hk *= factor[:, None]
+                h_line = h_scale + pair[:, None] * grid_k
+                factor *= tl.load(h_line + b, mask=b < grid_k, other=0.0)
+            hk = _by_block(hk, factor)
         acc += _values(codes, FP8_BITS, INTEGER) * hk[:, None, :]
         w_ptrs += BLOCK_K
         h_ptrs += BLOCK_K

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moeq.experts import ExpertWeights, blocks
 from moeq.kernels.triton import gemm, gemv, library, rows
@@ -46,6 +47,7 @@ class Gemm:
     registers: int | None = None
     tail_m: int = 0
     halves: bool = False
+    """See `gemm._block_tile`; for codes of blocks, with K a multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,11 @@ def run_gemm(
     """One `gemm.grouped_gemm`; `out` is written where there are rows. Without a routing all rows
     belong to the one expert there is."""
     cols = config.block_n // w.parts
+    codes, w_scale, bias = _operands(w, arithmetic)
+    if config.halves:
+        lines = [codes.shape[0] * codes.shape[1], w.k]
+        box = [config.block_n // 2, config.block_k]
+        codes = TensorDescriptor(codes, lines, [w.k, 1], box)
     tiles = triton.cdiv(x.shape[0], block_m) if routing is None else routing.tiles
     grid = (tiles * triton.cdiv(w.n, cols),)
     tables = (x,) * 4 if routing is None else (
@@ -187,7 +194,9 @@ def run_gemm(
     gemm.grouped_gemm[grid](
         x,
         x if x_scale is None else x_scale,
-        *_operands(w, arithmetic),
+        codes,
+        w_scale,
+        bias,
         out,
         *tables,
         x.shape[0],

@@ -9,10 +9,10 @@ A *pair* is (token, slot), numbered token * k + slot. Routing gives
     tile_expert int32 [tiles]    expert of every tile of BLOCK_M rows; -1 past the last tile
     tile_row    int32 [tiles]    first row of every tile
 
-One program per expert (and segment of pairs) counts what comes before its rows and ranks its own,
-so that no order of programs shows (sums of counts are the only atomics). Ids outside 0..E-1 belong
-to other ranks: their pairs are in no row. The number of tiles is bounded on the host and never read
-back.
+A pair's row is the first row of its expert, plus the pairs of that expert in earlier chunks of 64,
+plus those before it in its own chunk, found by comparing each with each: nothing depends on the
+order in which programs run. Ids outside 0..E-1 belong to other ranks: their pairs are in no row.
+The number of tiles is bounded on the host and never read back.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeq.kernels.triton.rows import launch_options
+
 _FEW = 4096
-"""Pairs that one kernel sorts; more are counted by a kernel of their own first."""
+"""Pairs that every program counts by itself; more are counted by a kernel of their own first."""
 
-_CHUNK = 1024
-"""Pairs that a program of the counting kernel counts, and that any program ranks at a time."""
+_CHUNK = 64
+"""Pairs that are compared with each other."""
 
-_SEGMENT = 4
-"""Chunks that a program of the placing kernel ranks, where there are many pairs."""
+_PROGRAMS = 1024
+"""Programs at most; where there are more chunks, a program takes several."""
 
 
 class Routing(NamedTuple):
@@ -69,47 +71,75 @@ def route(topk_ids: Tensor, num_experts: int, block_m: int, *, pdl: bool = False
         2 * p + num_experts + 1 + 2 * tiles, dtype=torch.int32, device=topk_ids.device
     )
     routing = Routing(*new.split([p, p, num_experts + 1, tiles, tiles]))
+    counted = p > _FEW
+    chunk = min(_CHUNK, triton.next_power_of_2(max(p, 32)))
+    chunks = triton.cdiv(p, chunk)
+    each = triton.cdiv(chunks, _PROGRAMS) if counted else 1
+    programs = triton.cdiv(chunks, each)
     padded = triton.next_power_of_2(max(num_experts, 16))
-    if p <= _FEW:
-        chunk = triton.next_power_of_2(max(p, 32))
-        _place[(num_experts, 1)](
-            topk_ids, topk_ids, topk_ids, *routing, p, num_experts, tiles, block_m,
-            PADDED=padded, COUNTED=False, CHUNKS=1, CHUNK=chunk, COLUMN=1, TRIGGER=pdl,
-            num_warps=4 if chunk <= 1024 else 8,
+    counts = totals = topk_ids
+    if counted:
+        new = torch.empty(programs + 1, num_experts, dtype=torch.int32, device=topk_ids.device)
+        counts, totals = new[:programs], new[programs]
+        _count[(programs,)](
+            topk_ids, counts, p, num_experts, each, PADDED=padded, CHUNK=chunk, TRIGGER=pdl
         )  # fmt: skip
-        return routing
-    chunks = triton.cdiv(p, _CHUNK)
-    device = topk_ids.device
-    small_ids = torch.empty(p, dtype=torch.int16, device=device)
-    counts = torch.empty(chunks, num_experts, dtype=torch.int32, device=device)
-    totals = torch.zeros(num_experts, dtype=torch.int32, device=device)
-    _count[(chunks,)](
-        topk_ids, small_ids, counts, totals, p, num_experts,
-        PADDED=padded, CHUNK=_CHUNK, num_warps=4,
-    )  # fmt: skip
-    _place[(num_experts, triton.cdiv(chunks, _SEGMENT))](
-        small_ids, counts, totals, *routing, p, num_experts, tiles, block_m,
-        PADDED=padded, COUNTED=True, CHUNKS=_SEGMENT, CHUNK=_CHUNK,
-        COLUMN=triton.next_power_of_2(chunks), TRIGGER=pdl, num_warps=4,
+        _add_up[(num_experts,)](
+            counts, totals, programs, num_experts,
+            COLUMN=triton.next_power_of_2(programs), PDL=pdl, **launch_options(pdl),
+        )  # fmt: skip
+    _place[(programs,)](
+        topk_ids, counts, totals, *routing, p, num_experts, tiles, block_m, each,
+        PADDED=padded, COUNTED=counted, ALL=32 if counted else triton.next_power_of_2(max(p, 32)),
+        CHUNK=chunk, TILES=max(1, min(64, 8192 // padded)),
+        TRIGGER=pdl, WAIT=pdl and counted, num_warps=4 if p <= 256 else 8,
+        **launch_options(pdl and counted),
     )  # fmt: skip
     return routing
 
 
 @triton.jit
+def _local(ids, i, stop, E):
+    """(expert or -1, whether it is held here) of pairs i < stop."""
+    expert = tl.load(ids + i, mask=i < stop, other=-1)
+    local = (i < stop) & (expert >= 0) & (expert < E)
+    return tl.where(local, expert, -1).to(tl.int32), local
+
+
+@triton.jit
 def _count(
-    ids, small_ids, counts, totals, P, E, PADDED: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Histogram of every chunk, and of all of them (sums of integers: any order gives the same);
-    and the ids in 16 bits, because every expert's programs will read all of them."""
-    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(ids + i, mask=i < P, other=-1)
-    local = (i < P) & (expert >= 0) & (expert < E)
-    expert = tl.where(local, expert, -1).to(tl.int32)
-    tl.store(small_ids + i, expert.to(tl.int16), mask=i < P)
-    found = tl.histogram(expert, PADDED, mask=local)
+    ids,
+    counts,
+    P,
+    E,
+    each,
+    PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TRIGGER: tl.constexpr,
+):
+    """counts [programs, E]: pairs of every expert in the `each` chunks of a program."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
     every = tl.arange(0, PADDED)
+    found = tl.zeros((PADDED,), tl.int32)
+    for chunk in range(each):
+        i = (tl.program_id(0) * each + chunk) * CHUNK + tl.arange(0, CHUNK)
+        expert, local = _local(ids, i, P, E)
+        found += tl.histogram(expert, PADDED, mask=local)
     tl.store(counts + tl.program_id(0) * E + every, found, mask=every < E)
-    tl.atomic_add(totals + every, found, mask=every < E)
+
+
+@triton.jit
+def _add_up(counts, totals, programs, E, COLUMN: tl.constexpr, PDL: tl.constexpr):
+    """Counts of one expert become sums of those before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    at = counts + tl.arange(0, COLUMN) * E + tl.program_id(0)
+    mask = tl.arange(0, COLUMN) < programs
+    count = tl.load(at, mask=mask, other=0)
+    tl.store(at, tl.cumsum(count, 0) - count, mask=mask)
+    tl.store(totals + tl.program_id(0), tl.sum(count, 0))
 
 
 @triton.jit
@@ -126,52 +156,59 @@ def _place(
     E,
     tiles,
     BLOCK_M,
+    each,
     PADDED: tl.constexpr,
     COUNTED: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    ALL: tl.constexpr,
     CHUNK: tl.constexpr,
-    COLUMN: tl.constexpr,
+    TILES: tl.constexpr,
     TRIGGER: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
-    """Rows, and tiles, of expert program_id(0); of the CHUNKS chunks of program_id(1)."""
+    """Rows of the pairs in `each` chunks, and a share of the tiles. COUNTED: by `_count`; else ALL
+    (at least P) pairs are counted here. TILES: tiles made at a time."""
     if TRIGGER:
         tl.extra.cuda.gdc_launch_dependents()
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     me = tl.program_id(0)
+    programs = tl.num_programs(0)
     every = tl.arange(0, PADDED)
-    first_chunk = tl.program_id(1) * CHUNKS
     if COUNTED:
         total = tl.load(totals + every, mask=every < E, other=0)
-        c = tl.arange(0, COLUMN)
-        earlier = tl.sum(tl.load(counts + c * E + me, mask=c < first_chunk, other=0), 0)
+        earlier = tl.load(counts + me * E + every, mask=every < E, other=0)
     else:
-        i = tl.arange(0, CHUNK)
-        expert = tl.load(ids + i, mask=i < P, other=-1)
-        local = (i < P) & (expert >= 0) & (expert < E)
-        total = tl.histogram(tl.where(local, expert, -1).to(tl.int32), PADDED, mask=local)
-        earlier = 0
-    mine = tl.sum(tl.where(every == me, total, 0), 0)
-    first = tl.sum(tl.where(every < me, total, 0), 0)
+        every_pair = tl.arange(0, ALL)
+        owner, held = _local(ids, every_pair, P, E)
+        total = tl.histogram(owner, PADDED, mask=held)
+        earlier = tl.histogram(owner, PADDED, mask=held & (every_pair < me * CHUNK))
+    start = tl.cumsum(total, 0) - total
+    height = tl.cdiv(total, BLOCK_M)
+    tile_end = tl.cumsum(height, 0)
 
-    row = first + earlier
-    for chunk in tl.static_range(CHUNKS):
-        i = (first_chunk + chunk) * CHUNK + tl.arange(0, CHUNK)
-        is_mine = (i < P) & (tl.load(ids + i, mask=i < P, other=-1) == me)
-        rank = tl.cumsum(is_mine.to(tl.int32), 0)
-        tl.store(pairs + row + rank - 1, i, mask=is_mine)
-        tl.store(positions + i, row + rank - 1, mask=is_mine)
-        row += tl.sum(is_mine.to(tl.int32), 0)
+    for m in range(me * TILES, tiles, programs * TILES):
+        tile = m + tl.arange(0, TILES)
+        found = tl.sum((tile_end[:, None] <= tile[None, :]).to(tl.int32), 0)
+        inside = found < PADDED
+        found = tl.where(inside, found, 0)
+        at = tile - tl.gather(tile_end - height, found, 0)
+        row = tl.gather(start, found, 0) + at * BLOCK_M
+        tl.store(tile_expert + tile, tl.where(inside, found, -1), mask=tile < tiles)
+        tl.store(tile_row + tile, row, mask=(tile < tiles) & inside)
+    if me == 0:
+        tl.store(offsets + every, start, mask=every < E)
+        tl.store(offsets + E, tl.sum(total, 0))
 
-    if first_chunk == 0:
-        tl.store(offsets + me, first)
-        each = tl.cdiv(total, BLOCK_M)
-        base = tl.sum(tl.where(every < me, each, 0), 0)
-        my_tiles = tl.cdiv(mine, BLOCK_M)
-        for at in range(0, my_tiles, CHUNK):
-            i = at + tl.arange(0, CHUNK)
-            tl.store(tile_expert + base + i, me, mask=i < my_tiles)
-            tl.store(tile_row + base + i, first + i * BLOCK_M, mask=i < my_tiles)
-        if me == E - 1:
-            tl.store(offsets + E, first + mine)
-            for at in range(base + my_tiles, tiles, CHUNK):
-                i = at + tl.arange(0, CHUNK)
-                tl.store(tile_expert + i, -1, mask=i < tiles)
+    base = start + earlier
+    for chunk in range(each):
+        first = (me * each + chunk) * CHUNK
+        i = first + tl.arange(0, CHUNK)
+        expert, local = _local(ids, i, P, E)
+        j = first + tl.arange(0, CHUNK)
+        other, _ = _local(ids, j, P, E)
+        before = (other[:, None] == expert[None, :]) & (j[:, None] < i[None, :])
+        rank = tl.sum(before.to(tl.int32), 0)
+        row = tl.gather(base, tl.where(local, expert, 0), 0) + rank
+        tl.store(pairs + row, i, mask=local)
+        tl.store(positions + i, row, mask=local)
+        base += tl.histogram(expert, PADDED, mask=local)

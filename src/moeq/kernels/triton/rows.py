@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeq.kernels.triton.gemm import BLOCK
-
+BLOCK = tl.constexpr(128)
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)
 SCALE_MIN = tl.constexpr(1.1754943508222875e-38)

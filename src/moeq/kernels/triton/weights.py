@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moeq.experts import scale_shape
-from moeq.kernels.triton.gemm import BLOCK
 from moeq.kernels.triton.plans import FP8_CAPABILITY, gpu
-from moeq.kernels.triton.rows import encode, magnitude, scale_of
+from moeq.kernels.triton.rows import BLOCK, encode, magnitude, scale_of
 from moeq.schemes import Granularity
 
 _TILE = 1 << 14
