@@ -32,7 +32,7 @@ from moeq.kernels.triton.layer import Gemm
 from moeq.kernels.triton.routing import route
 from moeq.schemes import Granularity, OnlineQuantScheme
 
-RANGES = (1.6, 4.5, 16, 64, 256, 1024, 1e9)
+RANGES = (1.6, 4.5, 16, 48, 256, 1024, 1e9)
 """Upper ends, in rows per active expert."""
 
 NAMES = {"decode": "decode", "fp8": "fp8", "int8": "int8", "block": "fp8_block"}
