@@ -17,6 +17,7 @@ PACKAGE = Path(moeq.__file__).parent
 
 LAYERS = (
     "errors",
+    "memory",
     "schemes",
     "experts",
     "quantize",

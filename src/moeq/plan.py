@@ -135,6 +135,8 @@ class LoadPlan:
         unquantized_bytes: of expert weights that are not quantized.
         unquantized_weights: how many these are.
         kept: layer -> the named rule that keeps it unquantized.
+        window_bytes: the most that loading holds beyond the final weights.
+        mapped_bytes: of the final weights, what stays in the files and is mapped from there.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -142,6 +144,8 @@ class LoadPlan:
     unquantized_bytes: int
     unquantized_weights: int
     kept: dict[str, str]
+    window_bytes: int
+    mapped_bytes: int
 
     @property
     def final_bytes(self) -> int:
@@ -150,22 +154,9 @@ class LoadPlan:
         return self.checkpoint_bytes - saved
 
     @property
-    def window_bytes(self) -> int:
-        """The most that loading holds beyond the final weights: one matrix as it is read, one more
-        that waits for its pair or is transposed, and what quantizing a chunk of it takes."""
-        loading = [
-            layer
-            for layer in self.layers
-            if all(source.spec.dtype in WEIGHT_DTYPES for source in layer.sources)
-        ]
-        if not loading:
-            return 0  # quantized before
-        return 2 * max(_matrix_bytes(layer) for layer in loading) + (6 << 20)
-
-    @property
     def peak_bytes(self) -> int:
-        """Final weights and the window."""
-        return self.final_bytes + self.window_bytes
+        """Final weights, without those that are mapped, and the window."""
+        return self.final_bytes - self.mapped_bytes + self.window_bytes
 
     @property
     def expert_bytes(self) -> int:
@@ -262,11 +253,3 @@ def _missing_name(sources: tuple[Source, ...], expert: int, part: str, is_bias: 
             if dot:
                 return f"{head}.{expert}.{tail}"
     return f"{part}{' bias' if is_bias else ''} of expert {expert}"
-
-
-def _matrix_bytes(layer: LayerPlan) -> int:
-    """Of the biggest matrix that is read at once, in the checkpoint's dtype."""
-    shape = layer.shape
-    part: Part = "gate_up" if shape.is_gated else "up"
-    n, k = shape.matrix_shape(part)
-    return n * k * max(source.spec.dtype.itemsize for source in layer.sources)

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
-import weakref
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
-import torch
-
 from moeq.plan import LoadPlan
-
-_SAMPLE_EVERY_SECONDS = 0.005
 
 GB = 1e9
 """Bytes are printed in decimal units: 1 MB is 10^6 bytes, as disks and model cards count."""
@@ -111,68 +103,3 @@ def size(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.1f} {unit}"
     return f"{nbytes} B"
-
-
-class PeakMemory:
-    """Samples the process's anonymous memory while it is entered; or, where the weights go to a
-    CUDA device, reads the most that PyTorch had allocated there.
-
-    Anonymous pages are what a process cannot give back; mapped files are left out. Read from
-    /proc, so `peak_bytes` stays None where there is none (macOS). A load that fails need not leave
-    it: the sampling thread ends when nobody holds the object any more.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.peak_bytes: int | None = None
-        on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_available()
-        self._device = device if on_gpu else None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
-        self._start_bytes = anonymous_bytes()
-        self._highest = self._start_bytes or 0
-
-    def __enter__(self) -> PeakMemory:
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._allocated = torch.cuda.memory_allocated(self._device)
-        elif self._start_bytes is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        if self._device is not None:
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self.peak_bytes = peak - self._allocated
-        elif self._start_bytes is not None:
-            self._thread.join()
-            self.sample()
-            self.peak_bytes = self._highest - self._start_bytes
-
-    def sample(self) -> bool:
-        """Look once; False once it has been left."""
-        self._highest = max(self._highest, anonymous_bytes() or 0)
-        return not self._stop.is_set()
-
-
-def _watch(memory: weakref.ref[PeakMemory]) -> None:
-    while (watched := memory()) is not None and watched.sample():
-        del watched
-        time.sleep(_SAMPLE_EVERY_SECONDS)
-
-
-def anonymous_bytes() -> int | None:
-    """Anonymous resident memory of this process, or None where the system does not say."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None

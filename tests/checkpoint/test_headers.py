@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint.headers import DTYPES, TensorSpec, checkpoint_files, read_headers
+from moeq.checkpoint.headers import (
+    DTYPES,
+    FileStamp,
+    TensorSpec,
+    checkpoint_files,
+    read_headers,
+)
 from moeq.errors import CheckpointError
 from tests.checkpoint.raw import Header, entry, write, write_index
 
@@ -22,9 +28,11 @@ def test_headers_say_what_each_tensor_is_and_where(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, **TWO}
     file = write(tmp_path / "m.safetensors", header, bytes(14))
     start = 8 + len(json.dumps(header))
+    stamp = FileStamp.of(file.stat())
+    assert stamp.size == start + 14
     assert read_headers([file]) == {
-        "a": TensorSpec("a", torch.float32, (2, 1), file, start, 8),
-        "b": TensorSpec("b", torch.bfloat16, (3,), file, start + 8, 6),
+        "a": TensorSpec("a", torch.float32, (2, 1), file, start, 8, stamp),
+        "b": TensorSpec("b", torch.bfloat16, (3,), file, start + 8, 6, stamp),
     }
 
 
@@ -144,7 +152,7 @@ def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone\.safetensors: No such file"):
         read_headers([tmp_path / "gone.safetensors"])
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"folder\.safetensors: Is a directory"):
+    with pytest.raises(CheckpointError, match=r"folder\.safetensors: not a regular file"):
         read_headers([tmp_path / "folder.safetensors"])
 
 

@@ -79,7 +79,7 @@ def test_load_tells_how_far_it_is(qwen: Path) -> None:
     assert type(model).__name__ == "Qwen2MoeForCausalLM"
     done = [read for read, _ in seen]
     assert done == sorted(done)
-    assert len(seen) > 24  # four experts of three projections in two layers
+    assert len(seen) > 1  # what we read by chunks, then the share of transformers
     assert {total for _, total in seen} == {done[-1]} == {report_of(model).total_bytes_before}
 
 

@@ -19,10 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moeq import OnlineQuantizationConfig, report_of
+from moeq.engines import hf_stream
 from moeq.experts import ExpertWeights
 from moeq.quantize import amax, dequantize, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, VOCABULARY, Architecture
+from tests.engines.tools import assert_same_state
 
 INT8 = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
 FP8 = (
@@ -196,6 +198,21 @@ VARIED = pytest.mark.parametrize(
     indirect=True,
 )
 """One architecture of every layout: for what does not depend on the family."""
+
+
+def test_what_is_kept_streams_to_the_same_model(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a GPU everything is streamed, not only what is quantized; here without one."""
+    monkeypatch.setattr(hf_stream, "streams_kept", lambda device: True)
+    for dtype in (torch.bfloat16, torch.float32):
+        for path in (checkpoint.hub, checkpoint.fused):
+            with monkeypatch.context() as patch:
+                patch.setattr(hf_stream, "streams_kept", lambda device: False)
+                expected = checkpoint.load(INT8, path, dtype=dtype)
+            found = checkpoint.load(INT8, path, dtype=dtype)
+            assert_same_state(found, expected)
+            assert torch.equal(found(checkpoint.input_ids)[0], expected(checkpoint.input_ids)[0])
 
 
 @VARIED

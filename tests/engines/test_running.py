@@ -90,7 +90,7 @@ def test_a_model_can_be_copied_and_is_freed(qwen: Path) -> None:
 _MEASURE = """
 import sys, threading, torch, transformers
 from moeq import OnlineQuantizationConfig
-from moeq.report import anonymous_bytes
+from moeq.memory import anonymous_bytes
 
 config = OnlineQuantizationConfig(sys.argv[2])
 config.quant_method  # imports and registers the engine

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,19 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class FileStamp:
+    """Which file it was, and when it was last written."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileStamp:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """Where one tensor lies and what it is.
 
@@ -54,6 +68,7 @@ class TensorSpec:
         file: that holds it.
         offset: of its first byte from the start of the file.
         nbytes: of its data.
+        stamp: of the file when its header was read.
     """
 
     name: str
@@ -62,6 +77,7 @@ class TensorSpec:
     file: Path
     offset: int
     nbytes: int
+    stamp: FileStamp
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
@@ -128,8 +144,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def _file_specs(file: Path) -> Iterator[TensorSpec]:
     try:
-        size = os.stat(file).st_size
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise CheckpointError(f"{file}: not a regular file")
         with open(file, "rb") as handle:
+            stamp = FileStamp.of(os.fstat(handle.fileno()))
+            size = stamp.size
             head = handle.read(8)
             if head.startswith(b"version "):
                 raise CheckpointError(
@@ -157,7 +176,7 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
     start, end = 8 + length, 0
     ranges = []
     for name, entry in header.items():
-        spec, begin, stop = _spec(file, name, entry, start)
+        spec, begin, stop = _spec(file, name, entry, start, stamp)
         ranges.append((begin, stop, name))
         end = max(end, stop)
         yield spec
@@ -173,7 +192,9 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
         at, before = stop, repr(name)
 
 
-def _spec(file: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, int, int]:
+def _spec(
+    file: Path, name: str, entry: Any, start: int, stamp: FileStamp
+) -> tuple[TensorSpec, int, int]:
     if not name or not name.isprintable():
         raise CheckpointError(f"{file}: tensor name {name!r} is empty or holds control characters")
     try:
@@ -190,7 +211,7 @@ def _spec(file: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
         raise CheckpointError(
             f"{file}: {name!r} takes {stop - begin} bytes, its shape {shape} needs {nbytes}"
         )
-    spec = TensorSpec(name, DTYPES[dtype], tuple(shape), file, start + begin, nbytes)
+    spec = TensorSpec(name, DTYPES[dtype], tuple(shape), file, start + begin, nbytes, stamp)
     return spec, begin, stop
 
 

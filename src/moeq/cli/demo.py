@@ -99,7 +99,7 @@ def _load_plain() -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     from moeq.embedded import model_folder
-    from moeq.report import PeakMemory
+    from moeq.memory import PeakMemory
 
     started = time.perf_counter()
     with PeakMemory() as memory:

@@ -26,7 +26,7 @@ class ClaimingConverter(WeightConverter):  # type: ignore[misc]
         self.claims = claims
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClaimingConverter:
-        return type(self)(self.claims)  # one copy per parameter: do not copy the table of names
+        return self  # transformers copies it for every key, and all copies would be the same
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         parameter = self.claims.get(source_key)
@@ -44,8 +44,10 @@ class ClaimingConverter(WeightConverter):  # type: ignore[misc]
         loading_info: Any = None,
     ) -> dict[str, Tensor]:
         self.collected_tensors.clear()
-        loading_info.missing_keys.difference_update(hf_quantizer.load_parameter(layer_name))
-        return {}
+        tensors: dict[str, Tensor]
+        tensors, done = hf_quantizer.load_parameter(layer_name)
+        loading_info.missing_keys.difference_update(done)
+        return tensors
 
 
 class _Keep(ConversionOps):  # type: ignore[misc]

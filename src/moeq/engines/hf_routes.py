@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moeq.checkpoint.headers import TensorSpec
-from moeq.engines.hf_structure import Target
+from moeq.config import OnlineQuantizationConfig
+from moeq.engines.hf_structure import Target, fp32_patterns
 from moeq.errors import CheckpointError, ModelError
 from moeq.plan import LayerPlan, Part, Source, check_sources
 from moeq.quantize import WEIGHT_DTYPES
@@ -36,12 +37,62 @@ class Routes:
         claims: checkpoint key after renamings -> parameter of the model it feeds, for every tensor
             that we read.
         sources: that parameter -> its tensors.
+        plain: parameter -> the one tensor that it is, where no conversion touches it and it is not
+            quantized.
+        plain_claims: as `claims`, for those.
     """
 
     plans: tuple[LayerPlan, ...]
     merged: tuple[str, ...]
     claims: dict[str, str]
     sources: dict[str, tuple[Source, ...]]
+    plain: dict[str, TensorSpec]
+    plain_claims: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a model's layers.
+
+    Attributes:
+        config: as asked, and with what cannot be quantized among the ignored.
+        targets: the layers that are quantized.
+        kept: layer -> the rule that keeps it unquantized.
+        routes: of their tensors.
+    """
+
+    config: OnlineQuantizationConfig
+    targets: list[Target]
+    kept: dict[str, str]
+    routes: Routes
+
+
+def decide(
+    model: nn.Module,
+    config: OnlineQuantizationConfig,
+    found: tuple[list[Target], dict[str, str]],
+    specs: Mapping[str, TensorSpec],
+    conversions: list[Any],
+) -> Decision:
+    """Before the first byte: every tensor has its place, and every layer its scheme or its rule.
+
+    Args:
+        model: on the meta device, its original parameters in place.
+        config: as asked.
+        found: by `find_targets`.
+        specs: of the checkpoint.
+        conversions: transformers' table for this model.
+
+    Raises:
+        CheckpointError, ModelError: see `find_routes`.
+    """
+    targets, kept = found
+    routes = find_routes(model, targets, specs, conversions)
+    if routes.merged:
+        kept = kept | dict.fromkeys(routes.merged, "transformers merges it from several tensors")
+        config = config.ignoring(routes.merged)
+        targets = [target for target in targets if target.shape.name not in routes.merged]
+    return Decision(config, targets, kept, routes)
 
 
 @dataclass(frozen=True)
@@ -82,9 +133,13 @@ def find_routes(
     by_parameter: dict[str, list[_Route]] = {}
     fed: set[str] = set()
     state = model.state_dict()
+    fp32 = fp32_patterns(model)
+    kept: dict[str, list[_Route]] = {}
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, wanted, state)
         fed.update(_fed(route, converter))
+        if not any(re.search(pattern, route.parameter) for pattern in fp32):
+            kept.setdefault(route.parameter, []).append(route)
         for parameter in _fed(route, converter):
             if parameter in wanted:
                 by_parameter.setdefault(parameter, []).append(route)
@@ -113,7 +168,22 @@ def find_routes(
         fed.update(f"{target.shape.name}.{name}" for name in _parameter_names(target))
         plans.append(LayerPlan(target.shape, target.scheme, mine))
     _check_rest(model, fed)
-    return Routes(tuple(plans), merged, claims, sources)
+    plain = {
+        parameter: routes[0]
+        for parameter, routes in kept.items()
+        if len(routes) == 1
+        and routes[0].pattern is None
+        and parameter not in wanted
+        and type(state.get(parameter)) is Tensor
+    }
+    return Routes(
+        tuple(plans),
+        merged,
+        claims,
+        sources,
+        {parameter: route.spec for parameter, route in plain.items()},
+        {route.renamed: parameter for parameter, route in plain.items()},
+    )
 
 
 _OURS = tuple(f"{w}_{p}" for w in ("w13", "w2", "weight") for p in ("codes", "scale"))

@@ -273,7 +273,7 @@ def _protected_linears(
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {*tied, *tied.values()}
-    fp32 = _fp32_patterns(model)
+    fp32 = fp32_patterns(model)
     routers = tuple(f"{name}." for name in _recorded_routers(modules, experts))
     for name, linear in linears.items():
         if f"{name}.weight" in tied:
@@ -314,7 +314,7 @@ def _recorded_routers(
                     yield name
 
 
-def _fp32_patterns(model: Any) -> set[str]:
+def fp32_patterns(model: Any) -> set[str]:
     """Regular expressions for what transformers does not even load in half precision."""
     patterns: set[str] = set()
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

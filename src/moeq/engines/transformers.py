@@ -6,8 +6,8 @@
 2. transformers hands over its table of conversions; `find_routes` learns from it which checkpoint
    tensors feed our layers, and checks that they are all there. Still nothing is allocated.
 3. We put one converter in front of that table. It claims exactly those tensors; instead of merging
-   a layer in bf16 it reads one expert's projection after another and quantizes each into place.
-   Everything else loads as transformers loads it.
+   a layer in bf16, all of them are streamed in file order, each expert's projection quantized into
+   place as it arrives (`hf_stream`). Everything else loads as transformers loads it.
 4. Afterwards our layers get their classes, their kernels are chosen, and a `LoadReport` is kept.
 
 A checkpoint that `save_pretrained` wrote holds codes and scales under names of their own and loads
@@ -26,22 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
 from moeq.checkpoint.headers import TensorSpec, read_headers
-from moeq.checkpoint.reader import TensorReader
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
-from moeq.engines.hf_routes import Routes, find_routes, quantized_names, saved_plans
-from moeq.engines.hf_structure import Target, activation_of, expert_matrices, find_targets
+from moeq.engines.hf_routes import Routes, decide, quantized_names, saved_plans
+from moeq.engines.hf_stream import LayerStream, load_plan, saved_plan
+from moeq.engines.hf_structure import Target, activation_of, find_targets
 from moeq.errors import CheckpointError, ModelError
+from moeq.memory import PeakMemory
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
-from moeq.plan import LayerPlan, LoadPlan, Source
-from moeq.report import LoadReport, PeakMemory, make_report
+from moeq.report import LoadReport, make_report
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +130,11 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self._started = time.perf_counter()
         self._read_bytes = 0
+        self._streamed = False
         self._model = model
         self._dtype = kwargs.get("dtype") or torch.get_default_dtype()
         self._device = _single_device(kwargs.get("device_map"))
+        self._progress = _progress.get()  # threads do not see it
         self._memory = PeakMemory(self._device)
         self._memory.__enter__()
         self._specs = read_headers([Path(file) for file in files])
@@ -146,53 +148,49 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # `model` is passed from 5.20 on
         if self.pre_quantized:
             plans = saved_plans(self._model, self._targets, self._specs, weight_conversions)
-            self.plan = _load_plan(self._model, plans, self._specs, self._kept)
+            self.plan = saved_plan(self._model, plans, self._specs, self._kept)
             return weight_conversions
-        self._routes = find_routes(self._model, self._targets, self._specs, weight_conversions)
-        for name in self._routes.merged:
-            self._kept[name] = "transformers merges it from several tensors"
-        if self._routes.merged:
-            self.quantization_config = self.quantization_config.ignoring(self._routes.merged)
-            self._targets = [t for t in self._targets if t.shape.name not in self._routes.merged]
-        self.plan = _load_plan(self._model, self._routes.plans, self._specs, self._kept)
-        self._by_parameter = {
-            parameter: target
-            for target in self._targets
-            for parameter in self._routes.sources
-            if parameter.rpartition(".")[0] == target.shape.name
-        }
+        decision = decide(
+            self._model,
+            self.quantization_config,
+            (self._targets, self._kept),
+            self._specs,
+            weight_conversions,
+        )
+        self.quantization_config = decision.config
+        self._targets, self._kept = decision.targets, decision.kept
+        self._routes = decision.routes
         for target in self._targets:
             self._create_weights(target)
-        self._reader = TensorReader(self._advance)
-        return [ClaimingConverter(self._routes.claims), *weight_conversions]
+        self._stream = LayerStream(self._model, decision, self._methods, self._device)
+        self.plan = load_plan(self._model, decision, self._specs, self._stream)
+        claims = dict(self._routes.claims)
+        claims.update(
+            {key: p for key, p in self._routes.plain_claims.items() if p in self._stream.kept}
+        )
+        return [ClaimingConverter(claims), *weight_conversions]
 
-    def load_parameter(self, parameter: str) -> set[str]:
-        """Read, quantize and place everything that feeds one original parameter.
+    def load_parameter(self, parameter: str) -> tuple[dict[str, Tensor], set[str]]:
+        """Hand over what feeds one parameter that we claimed; the first call reads everything.
 
         Returns:
-            Names of the model's parameters that need no further loading.
+            Tensors that transformers is to set, and names of the model's parameters that need no
+            further loading.
         """
-        assert self._routes is not None
-        target = self._by_parameter[parameter]
-        name, module = target.shape.name, target.module
-        method = self._methods[name]
-        if "DTensor" in type(module._parameters[target.up_name]).__name__:
-            raise ModelError(
-                f"{name} is sharded over ranks", hint="moeq's transformers engine runs one process"
-            )
-        try:
-            with _one_thread():
-                for source in self._routes.sources[parameter]:
-                    if isinstance(method, OnlineLinearMethod):
-                        weight = self._reader.read(source.spec)
-                        method.load(module, weight, _where(source), self._device)
-                    else:
-                        method.materialize(module, self._device)
-                        self._load_source(method, module, target, source)
-        except BaseException:
-            self._reader.close()
-            raise
-        return {parameter, *(f"{name}.{ours}" for ours in quantized_names(module))}
+        if self._stream is not None and not self._streamed:
+            self._streamed = True
+            for target in self._targets:
+                if "DTensor" in type(target.module._parameters[target.up_name]).__name__:
+                    raise ModelError(
+                        f"{target.shape.name} is sharded over ranks",
+                        hint="moeq's transformers engine runs one process",
+                    )
+            self._stream.run(self._advance)
+        if parameter in self._stream.tensors:
+            return {parameter: self._stream.tensors.pop(parameter)}, set()
+        name = parameter.rpartition(".")[0]
+        module = self._model.get_submodule(name)
+        return {}, {parameter, *(f"{name}.{ours}" for ours in quantized_names(module))}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for target in self._targets:
@@ -202,7 +200,6 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._finish_structure(target)
             self._choose_kernel(target)
         if not self.pre_quantized:
-            self._reader.close()
             # Ours must not be undone when saving: codes are saved as they are
             model._weight_conversions = [
                 entry
@@ -224,16 +221,15 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config
         # The model keeps its quantizer, which must not keep the model, nor what cannot be copied
         self._targets, self._methods, self._specs, self._routes = [], {}, {}, None
-        for name in ("_model", "_memory", "_reader", "_by_parameter"):
+        for name in ("_model", "_memory", "_stream", "_progress"):
             self.__dict__.pop(name, None)
 
     # Steps of the load.
 
     def _advance(self, nbytes: int) -> None:
-        progress = _progress.get()
         self._read_bytes += nbytes
-        if progress is not None:
-            progress(self._read_bytes, self.plan.checkpoint_bytes)
+        if self._progress is not None:
+            self._progress(self._read_bytes, self.plan.checkpoint_bytes)
 
     def _create_weights(self, target: Target) -> None:
         shape = target.shape
@@ -259,22 +255,6 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             dtype=self._dtype,
         )
         method.select_backend(self._device, activation_of(target.module)[0])
-
-    def _load_source(
-        self, method: OnlineMoEMethodBase, module: nn.Module, target: Target, source: Source
-    ) -> None:
-        stacked = range(target.shape.num_experts)
-        for expert in stacked if source.expert is None else (source.expert,):
-            index = expert if source.expert is None else None
-            tensor = self._reader.read(source.spec, index)
-            if source.transposed:
-                tensor = tensor.T.contiguous()
-            load = method.load_bias if source.is_bias else method.load_expert
-            for part, piece in _pieces(source, tensor):
-                name = _where(source)
-                if index is not None:  # what is said about a piece counts from its first row
-                    name = f"{name}, {part} of expert {expert}"
-                load(module, expert, part, piece, name)
 
     def _finish_structure(self, target: Target) -> None:
         """Drop the original parameters and give the module its quantized class."""
@@ -309,54 +289,6 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _notes(self) -> tuple[str, ...]:
         choices = [method.choice for method in self._methods.values()]
         return tuple(dict.fromkeys(choice.note for choice in choices if choice and choice.note))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Quantizing runs operators of some microseconds: threads of an operator wait for one another
-    longer than they work, and a hundred times longer where another process has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _pieces(source: Source, tensor: Tensor) -> list[tuple[Any, Tensor]]:
-    """Projections in one matrix [N, K] or bias [N]."""
-    if source.part != "gate_up":
-        return [(source.part, tensor)]
-    if source.interleaved:
-        return [("gate", tensor[0::2]), ("up", tensor[1::2])]
-    gate, up = tensor.chunk(2)
-    return [("gate", gate), ("up", up)]
-
-
-def _where(source: Source) -> str:
-    """File and tensor, for messages."""
-    return f"{source.spec.file.name}: {source.spec.name}"
-
-
-def _load_plan(
-    model: nn.Module,
-    plans: tuple[LayerPlan, ...],
-    specs: dict[str, TensorSpec],
-    kept: dict[str, str],
-) -> LoadPlan:
-    unquantized = [
-        matrix
-        for name, module in model.named_modules()
-        if name in kept and not isinstance(module, nn.Linear)
-        for matrix in expert_matrices(module)
-    ]
-    return LoadPlan(
-        plans,
-        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
-        unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
-        unquantized_weights=sum(p.numel() for p in unquantized),
-        kept=kept,
-    )
 
 
 def _single_device(device_map: Any) -> torch.device:

@@ -1,0 +1,265 @@
+"""Every tensor that moeq reads itself, in one stream, into the layers of a transformers model.
+
+On a CPU those are the sources of quantized layers; the rest transformers maps from the file. For a
+GPU they are all tensors that no conversion touches: copies from pinned memory, beside the quantized
+ones, take a tenth of the time of transformers' own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeq.checkpoint import stream as streaming
+from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.stream import CHUNK_BYTES, Chunk, Piece, chunks_of, matrix, rows, whole
+from moeq.engines.hf_routes import Decision
+from moeq.engines.hf_structure import Target, expert_matrices
+from moeq.memory import available_bytes
+from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.linear import OnlineLinearMethod
+from moeq.plan import LayerPlan, LoadPlan, Source
+
+Method = OnlineMoEMethodBase | OnlineLinearMethod
+
+_WINDOW = 1 << 30
+"""Bytes of buffers at most, on the host and on a GPU each."""
+
+_GPU_WORKERS = 16
+"""Threads that keep a GPU's copy engine and 16 cores of a server busy."""
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A piece of a layer that is quantized: one matrix or bias, of one expert where it has them."""
+
+    target: Target
+    source: Source
+    expert: int | None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Entries first.. along the first dimension of a parameter that is kept as it is."""
+
+    parameter: str
+    first: int
+
+
+class LayerStream:
+    """One load.
+
+    Args:
+        model: on the meta device; it says which dtype a kept parameter gets.
+        decision: which tensors go where.
+        methods: by the layer's name; filled in before `run`.
+        device: where everything ends up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decision: Decision,
+        methods: Mapping[str, Method],
+        device: torch.device,
+    ) -> None:
+        self._methods = methods
+        self._device = device
+        self._targets = decision.targets
+        self._launching = threading.Lock()
+        self._state = model.state_dict()
+        self.kept = decision.routes.plain if streams_kept(device) else {}
+        self.tensors: dict[str, Tensor] = {}
+        sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
+        pieces = [p for t in self._targets for p in _quantized(t, sources[t.shape.name])]
+        pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
+        self._chunks = chunks_of(pieces)
+        largest = max((chunk.nbytes for chunk in self._chunks), default=0)
+        each = 2 * largest  # a GPU's worker has two; a CPU's may hold a transposed or waiting copy
+        limit = min(_WINDOW, available_bytes() // 4)
+        wanted = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
+        self.workers = max(1, min(max(2, wanted), _GPU_WORKERS, limit // max(each, 1)))
+        self.window_bytes = self.workers * each
+
+    def run(self, on_bytes: Callable[[int], None]) -> None:
+        """Take the memory of the final weights, then fill it.
+
+        Raises:
+            MoeqError: see `moeq.checkpoint.stream` and the methods' `load`s.
+        """
+        for target in self._targets:
+            method = self._methods[target.shape.name]
+            if isinstance(method, OnlineMoEMethodBase):
+                method.materialize(target.module, self._device)
+        for name, spec in self.kept.items():
+            dtype = self._state[name].dtype
+            self.tensors[name] = torch.empty(spec.shape, dtype=dtype, device=self._device)
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self._device)  # that memory may have been another stream's
+        streaming.stream(
+            self._chunks,
+            self._use_on_gpu if on_gpu else self._use,
+            workers=self.workers,
+            pin=on_gpu,
+            on_bytes=on_bytes,
+        )
+
+    def _use(self, chunk: Chunk, buffer: Tensor) -> None:
+        for piece, tensor in chunk.views(buffer):
+            self._load(piece, tensor)
+
+    def _use_on_gpu(self, chunk: Chunk, buffer: Tensor) -> Callable[[], None]:
+        """One copy of the chunk, then its pieces, on a stream of this worker's."""
+        with torch.cuda.device(self._device), torch.cuda.stream(_stream_of_worker(self._device)):
+            staged = buffer[: chunk.nbytes].to(self._device, non_blocking=True)
+            with self._launching:  # launches hold Python's lock anyway, and Triton compiles once
+                self._use(chunk, staged)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return event.synchronize
+
+    def _load(self, piece: Piece, tensor: Tensor) -> None:
+        match piece.key:
+            case _Kept(parameter, first):
+                kept = self.tensors[parameter]
+                (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
+            case _Quantized(target, source, expert):
+                load_source(
+                    self._methods[target.shape.name], target, source, expert, tensor, self._device
+                )
+
+
+def streams_kept(device: torch.device) -> bool:
+    """Whether what is not quantized is streamed too. Where the model lives in main memory a mapping
+    of the file takes no time and no memory."""
+    return device.type == "cuda"
+
+
+def load_plan(
+    model: nn.Module, decision: Decision, specs: Mapping[str, TensorSpec], stream: LayerStream
+) -> LoadPlan:
+    """Bytes of a load that quantizes."""
+    state = model.state_dict()
+    mapped = {
+        name: spec
+        for name, spec in decision.routes.plain.items()
+        if name not in stream.kept and spec.dtype == state[name].dtype
+    }
+    return _plan(
+        model,
+        decision.routes.plans,
+        specs,
+        decision.kept,
+        window_bytes=stream.window_bytes,
+        mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
+    )
+
+
+def saved_plan(
+    model: nn.Module,
+    plans: tuple[LayerPlan, ...],
+    specs: Mapping[str, TensorSpec],
+    kept: dict[str, str],
+) -> LoadPlan:
+    """Bytes of a load of what moeq saved: transformers maps or copies it."""
+    return _plan(model, plans, specs, kept, window_bytes=0, mapped_bytes=0)
+
+
+def _plan(
+    model: nn.Module,
+    plans: tuple[LayerPlan, ...],
+    specs: Mapping[str, TensorSpec],
+    kept: dict[str, str],
+    *,
+    window_bytes: int,
+    mapped_bytes: int,
+) -> LoadPlan:
+    unquantized = [
+        matrix
+        for name, module in model.named_modules()
+        if name in kept and not isinstance(module, nn.Linear)
+        for matrix in expert_matrices(module)
+    ]
+    return LoadPlan(
+        plans,
+        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
+        unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
+        unquantized_weights=sum(p.numel() for p in unquantized),
+        kept=kept,
+        window_bytes=window_bytes,
+        mapped_bytes=mapped_bytes,
+    )
+
+
+def load_source(
+    method: Method,
+    target: Target,
+    source: Source,
+    expert: int | None,
+    tensor: Tensor,
+    device: torch.device,
+) -> None:
+    """Quantize one matrix, or place one bias, into its layer."""
+    name = f"{source.spec.file.name}: {source.spec.name}"
+    if isinstance(method, OnlineLinearMethod):
+        method.load(target.module, tensor, name, device)
+        return
+    assert expert is not None
+    if source.transposed:
+        tensor = tensor.T.contiguous()
+    load = method.load_bias if source.is_bias else method.load_expert
+    for part, piece in _parts(source, tensor):
+        where = name
+        if source.expert is None:  # what is said about a piece counts from its first row
+            where = f"{name}, {part} of expert {expert}"
+        load(target.module, expert, part, piece, where)
+
+
+def _parts(source: Source, tensor: Tensor) -> list[tuple[Any, Tensor]]:
+    """Projections in one matrix [N, K] or bias [N]."""
+    if source.part != "gate_up":
+        return [(source.part, tensor)]
+    if source.interleaved:
+        return [("gate", tensor[0::2]), ("up", tensor[1::2])]
+    gate, up = tensor.chunk(2)
+    return [("gate", gate), ("up", up)]
+
+
+def _quantized(target: Target, sources: tuple[Source, ...]) -> list[Piece]:
+    pieces = []
+    for source in sources:
+        if target.shape.kind == "moe" and source.expert is None:
+            for expert in range(target.shape.num_experts):
+                key = _Quantized(target, source, expert)
+                pieces.append(matrix(source.spec, key, expert))
+        else:
+            pieces.append(whole(source.spec, _Quantized(target, source, source.expert)))
+    return pieces
+
+
+def _kept(parameter: str, spec: TensorSpec) -> list[Piece]:
+    if not spec.shape or not spec.nbytes:
+        return [whole(spec, _Kept(parameter, 0))]
+    step = max(1, CHUNK_BYTES // (spec.nbytes // spec.shape[0]))
+    return [
+        rows(spec, _Kept(parameter, first), first, min(step, spec.shape[0] - first))
+        for first in range(0, spec.shape[0], step)
+    ]
+
+
+_local = threading.local()
+
+
+def _stream_of_worker(device: torch.device) -> torch.cuda.Stream:
+    if getattr(_local, "device", None) != device:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        _local.device, _local.stream = device, stream
+    found: torch.cuda.Stream = _local.stream
+    return found
