@@ -171,6 +171,11 @@ class LoadPlan:
         return quantized + self.unquantized_bytes
 
     @property
+    def final_linear_bytes(self) -> int:
+        """Held for quantized linears once loaded."""
+        return sum(layer.final_bytes for layer in self.layers if layer.shape.kind == "linear")
+
+    @property
     def coverage(self) -> float:
         """Share of the expert weights that are quantized, 0 to 1."""
         quantized = sum(layer.shape.num_weights for layer in self._moe_layers)

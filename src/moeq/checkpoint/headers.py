@@ -176,7 +176,7 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
     start, end = 8 + length, 0
     ranges = []
     for name, entry in header.items():
-        spec, begin, stop = _spec(file, name, entry, start, stamp)
+        spec, begin, stop = spec_of(file, name, entry, start, stamp)
         ranges.append((begin, stop, name))
         end = max(end, stop)
         yield spec
@@ -192,9 +192,21 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
         at, before = stop, repr(name)
 
 
-def _spec(
+def spec_of(
     file: Path, name: str, entry: Any, start: int, stamp: FileStamp
 ) -> tuple[TensorSpec, int, int]:
+    """One entry of a header: (tensor, first byte of the data, byte after its last).
+
+    Args:
+        file: it is of.
+        name: of the tensor.
+        entry: {"dtype", "shape", "data_offsets"} as parsed from JSON.
+        start: of the file's data, in bytes.
+        stamp: of the file.
+
+    Raises:
+        CheckpointError: whatever does not describe a tensor.
+    """
     if not name or not name.isprintable():
         raise CheckpointError(f"{file}: tensor name {name!r} is empty or holds control characters")
     try:

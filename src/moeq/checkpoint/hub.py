@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from moeq.checkpoint.headers import FileStamp, TensorSpec, spec_of
 from moeq.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,6 +36,51 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
             hint="check the path",
         )
     from huggingface_hub import snapshot_download
+
+    with _hub_errors(name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether this can only be fetched: no folder of that name, and the form owner/name."""
+    return not Path(model).expanduser().exists() and bool(_HUB_ID.fullmatch(str(model)))
+
+
+def remote_headers(name: str, revision: str | None = None) -> tuple[Path, dict[str, TensorSpec]]:
+    """The config and headers of a model on the hub, by requests for parts of its files.
+
+    Returns:
+        A folder with its config.json, and its tensors; their `file` is a name alone.
+
+    Raises:
+        CheckpointError: no such id, no safetensors, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    with _hub_errors(name):
+        config = hf_hub_download(name, "config.json", revision=revision)
+        try:
+            found = HfApi().get_safetensors_metadata(name, revision=revision)
+        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+            raise CheckpointError(f"{name}: no safetensors that moeq can read ({error})") from None
+    specs: dict[str, TensorSpec] = {}
+    for file, metadata in found.files_metadata.items():
+        for tensor, info in metadata.tensors.items():
+            entry = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "data_offsets": list(info.data_offsets),
+            }
+            if tensor in specs:
+                raise CheckpointError(f"{file}: tensor {tensor!r} is also in {specs[tensor].file}")
+            specs[tensor], _, _ = spec_of(Path(file), tensor, entry, 0, FileStamp(0, 0, 0))
+    return Path(config).parent, specs
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """What can go wrong on the way to the hub, in our words."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -41,7 +89,7 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        yield
     except GatedRepoError:
         raise CheckpointError(
             f"{name}: its owner gives access on request",

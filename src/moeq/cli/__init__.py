@@ -17,6 +17,7 @@ from moeq import __version__
 from moeq.cli.backends import backends
 from moeq.cli.demo import demo
 from moeq.cli.generate import generate
+from moeq.cli.plan import plan
 from moeq.errors import MoeqError
 
 
@@ -29,7 +30,7 @@ def cli() -> None:
     """Quantize Mixture-of-Experts models while they load."""
 
 
-for _command in (demo, generate, backends):
+for _command in (demo, plan, generate, backends):
     cli.add_command(_command)
 
 

@@ -79,7 +79,8 @@ class LayerStream:
         sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
         pieces = [p for t in self._targets for p in _quantized(t, sources[t.shape.name])]
         pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
-        self._chunks = chunks_of(pieces)
+        total = sum(piece.nbytes for piece in pieces)
+        self._chunks = chunks_of(pieces, min(CHUNK_BYTES, max(1 << 20, total // 64)))
         largest = max((chunk.nbytes for chunk in self._chunks), default=0)
         each = 2 * largest  # a GPU's worker has two; a CPU's may hold a transposed or waiting copy
         limit = min(_WINDOW, available_bytes() // 4)

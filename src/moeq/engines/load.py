@@ -92,7 +92,7 @@ def load(
     register_with_transformers()
     # Two loads at once give wrong models: transformers changes global state while it builds one
     with _LOCK, reporting_to(progress):
-        return _model_class(entries).from_pretrained(
+        return model_class(entries).from_pretrained(
             folder, quantization_config=config, device_map=device, **kwargs
         )
 
@@ -108,6 +108,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
             somebody else.
     """
     checkpoint_files(folder)
+    return check_config(folder)
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """`check_folder` for a folder that holds config.json alone."""
     path = folder / "config.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +141,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return dict(entries)
 
 
-def _model_class(entries: dict[str, Any]) -> Any:
+def model_class(entries: dict[str, Any]) -> Any:
     """The class that the checkpoint was saved from, where transformers has it."""
     names = entries.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
