@@ -18,13 +18,23 @@ from torch import Tensor, nn
 
 from moeq.checkpoint import stream as streaming
 from moeq.checkpoint.headers import TensorSpec
-from moeq.checkpoint.stream import CHUNK_BYTES, Chunk, Piece, chunks_of, matrix, rows, whole
+from moeq.checkpoint.stream import (
+    CHUNK_BYTES,
+    Chunk,
+    Piece,
+    chunks_of,
+    matrix,
+    read_piece,
+    rows,
+    whole,
+)
 from moeq.engines.hf_routes import Decision
 from moeq.engines.hf_structure import Target, expert_matrices
 from moeq.memory import available_bytes
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import LayerPlan, LoadPlan, Source
+from moeq.quantize import check_finite
 
 Method = OnlineMoEMethodBase | OnlineLinearMethod
 
@@ -77,10 +87,11 @@ class LayerStream:
         self.kept = decision.routes.plain if streams_kept(device) else {}
         self.tensors: dict[str, Tensor] = {}
         sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
-        pieces = [p for t in self._targets for p in _quantized(t, sources[t.shape.name])]
-        pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
-        total = sum(piece.nbytes for piece in pieces)
-        self._chunks = chunks_of(pieces, min(CHUNK_BYTES, max(1 << 20, total // 64)))
+        self._modules = {target.shape.name: target.module for target in self._targets}
+        self._pieces = [p for t in self._targets for p in _quantized(t, sources[t.shape.name])]
+        self._pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
+        total = sum(piece.nbytes for piece in self._pieces)
+        self._chunks = chunks_of(self._pieces, min(CHUNK_BYTES, max(1 << 20, total // 64)))
         largest = max((chunk.nbytes for chunk in self._chunks), default=0)
         each = 2 * largest  # a GPU's worker has two; a CPU's may hold a transposed or waiting copy
         limit = min(_WINDOW, available_bytes() // 4)
@@ -111,10 +122,29 @@ class LayerStream:
             pin=on_gpu,
             on_bytes=on_bytes,
         )
+        if on_gpu:
+            self._check_finite()
 
     def _use(self, chunk: Chunk, buffer: Tensor) -> None:
+        arrivals: dict[str, list[Arrival]] = {}
         for piece, tensor in chunk.views(buffer):
-            self._load(piece, tensor)
+            if isinstance(piece.key, _Kept):
+                kept, first = self.tensors[piece.key.parameter], piece.key.first
+                (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
+                continue
+            target, source = piece.key.target, piece.key.source
+            method, name = self._methods[target.shape.name], target.shape.name
+            if isinstance(method, OnlineLinearMethod):
+                method.load(target.module, tensor, where(source), self._device)
+            elif source.is_bias:
+                for arrival in arrivals_of(source, piece.key.expert, tensor):
+                    method.load_bias(target.module, *arrival)
+            else:
+                arrivals.setdefault(name, []).extend(arrivals_of(source, piece.key.expert, tensor))
+        for name, mine in arrivals.items():
+            method = self._methods[name]
+            assert isinstance(method, OnlineMoEMethodBase)
+            method.load_experts(self._modules[name], mine)
 
     def _use_on_gpu(self, chunk: Chunk, buffer: Tensor) -> Callable[[], None]:
         """One copy of the chunk, then its pieces, on a stream of this worker's."""
@@ -126,15 +156,21 @@ class LayerStream:
             event.record()
         return event.synchronize
 
-    def _load(self, piece: Piece, tensor: Tensor) -> None:
-        match piece.key:
-            case _Kept(parameter, first):
-                kept = self.tensors[parameter]
-                (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
-            case _Quantized(target, source, expert):
-                load_source(
-                    self._methods[target.shape.name], target, source, expert, tensor, self._device
-                )
+    def _check_finite(self) -> None:
+        """On a GPU nobody waited to see whether scales are numbers. Where one is not, the layer's
+        tensors are read again, to name the one and the place."""
+        for target in self._targets:
+            scales = [p for name, p in target.module.named_parameters() if name.endswith("_scale")]
+            if all(bool(torch.isfinite(scale).all()) for scale in scales):
+                continue
+            for piece in self._pieces:
+                if isinstance(piece.key, _Quantized) and piece.key.target is target:
+                    tensor, source = read_piece(piece), piece.key.source
+                    check_finite(tensor, tensor.abs().amax(), where(source))
+
+
+Arrival = tuple[int, Any, Tensor, str]
+"""Expert, projection, matrix or bias, name for messages: as the methods' `load`s take them."""
 
 
 def streams_kept(device: torch.device) -> bool:
@@ -199,38 +235,27 @@ def _plan(
     )
 
 
-def load_source(
-    method: Method,
-    target: Target,
-    source: Source,
-    expert: int | None,
-    tensor: Tensor,
-    device: torch.device,
-) -> None:
-    """Quantize one matrix, or place one bias, into its layer."""
-    name = f"{source.spec.file.name}: {source.spec.name}"
-    if isinstance(method, OnlineLinearMethod):
-        method.load(target.module, tensor, name, device)
-        return
-    assert expert is not None
+def arrivals_of(source: Source, expert: int, tensor: Tensor) -> list[Arrival]:
+    """The projections in one matrix [N, K] or bias [N] of an expert."""
+    name = where(source)
     if source.transposed:
         tensor = tensor.T.contiguous()
-    load = method.load_bias if source.is_bias else method.load_expert
-    for part, piece in _parts(source, tensor):
-        where = name
-        if source.expert is None:  # what is said about a piece counts from its first row
-            where = f"{name}, {part} of expert {expert}"
-        load(target.module, expert, part, piece, where)
-
-
-def _parts(source: Source, tensor: Tensor) -> list[tuple[Any, Tensor]]:
-    """Projections in one matrix [N, K] or bias [N]."""
     if source.part != "gate_up":
-        return [(source.part, tensor)]
-    if source.interleaved:
-        return [("gate", tensor[0::2]), ("up", tensor[1::2])]
-    gate, up = tensor.chunk(2)
-    return [("gate", gate), ("up", up)]
+        parts = [(source.part, tensor)]
+    elif source.interleaved:
+        parts = [("gate", tensor[0::2]), ("up", tensor[1::2])]
+    else:
+        gate, up = tensor.chunk(2)
+        parts = [("gate", gate), ("up", up)]
+    if source.expert is not None:
+        return [(expert, part, piece, name) for part, piece in parts]
+    # What is said about a piece counts from its first row
+    return [(expert, part, piece, f"{name}, {part} of expert {expert}") for part, piece in parts]
+
+
+def where(source: Source) -> str:
+    """File and tensor, for messages."""
+    return f"{source.spec.file.name}: {source.spec.name}"
 
 
 def _quantized(target: Target, sources: tuple[Source, ...]) -> list[Piece]:

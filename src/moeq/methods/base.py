@@ -18,7 +18,7 @@ scales are sized by those, tensors of other experts are skipped on arrival.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -28,7 +28,7 @@ from moeq import ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.methods.matrices import quantize_matrix
+from moeq.methods.matrices import Place, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import WEIGHT_DTYPES, check_finite
 from moeq.schemes import OnlineQuantScheme
@@ -44,7 +44,7 @@ Gate = Callable[[Tensor], Tensor]
 
 class OnlineMoEMethodBase:
     """One instance per layer. Subclasses say which scheme; those whose scales span projections
-    override `_quantize`."""
+    override `_ready`."""
 
     scheme: ClassVar[OnlineQuantScheme]
 
@@ -137,17 +137,28 @@ class OnlineMoEMethodBase:
             CheckpointError: misshapen, of a wrong dtype, out of range, or here before.
             NonFiniteError: NaN or Inf among the values.
         """
-        if not self._arrives(expert, projection, name):
-            return
-        codes, _ = self._views(layer, expert, projection)
-        if weight.shape != codes.shape:
-            raise CheckpointError(
-                f"{name}: shape {list(weight.shape)}, expected {list(codes.shape)}"
-                f" for the {projection} projection of expert {expert}"
-            )
-        check_weight_dtype(weight, name)
-        self._quantize(layer, expert, projection, weight, name)
-        self._waiting.discard((expert, projection))
+        self.load_experts(layer, [(expert, projection, weight, name)])
+
+    def load_experts(
+        self, layer: nn.Module, arrivals: Iterable[tuple[int, Projection, Tensor, str]]
+    ) -> None:
+        """Several at once, as `load_expert` takes them: on a GPU they cost one launch."""
+        ready: list[Place] = []
+        done = []
+        for expert, projection, weight, name in arrivals:
+            if not self._arrives(expert, projection, name):
+                continue
+            codes, scale = self._views(layer, expert, projection)
+            if weight.shape != codes.shape:
+                raise CheckpointError(
+                    f"{name}: shape {list(weight.shape)}, expected {list(codes.shape)}"
+                    f" for the {projection} projection of expert {expert}"
+                )
+            check_weight_dtype(weight, name)
+            ready += self._ready(expert, projection, Place(weight, codes, scale, name))
+            done.append((expert, projection))
+        quantize_matrices(ready, self.scheme.granularity)
+        self._waiting.difference_update(done)
 
     def load_bias(
         self, layer: nn.Module, expert: int, projection: Projection, bias: Tensor, name: str
@@ -309,12 +320,9 @@ class OnlineMoEMethodBase:
         weighted = y.float() * topk_weights.float()[..., None]
         return torch.where(local[..., None], weighted, 0).sum(1).to(x.dtype)
 
-    def _quantize(
-        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, name: str
-    ) -> None:
-        """Scale and codes of one projection, written into final storage."""
-        codes, scale = self._views(layer, expert, projection)
-        quantize_matrix(weight, self.scheme.granularity, codes, scale, name)
+    def _ready(self, expert: int, projection: Projection, place: Place) -> list[Place]:
+        """What can be quantized now that this has arrived."""
+        return [place]
 
     def _views(
         self, layer: nn.Module, expert: int, projection: Projection

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copy as copy_module
+import threading
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from moeq.methods.base import OnlineMoEMethodBase, Projection
-from moeq.methods.matrices import matrix_amax, quantize_under
+from moeq.methods.matrices import Place
 from moeq.schemes import OnlineQuantScheme
 
 
@@ -35,22 +36,30 @@ class Fp8PerTensorOnlineMoEMethod(OnlineMoEMethodBase):
 
     def __init__(self, *, backend: str | None = None) -> None:
         super().__init__(backend=backend)
-        self._first: dict[int, tuple[Projection, Tensor, Tensor]] = {}
+        self._first: dict[int, tuple[Place, Any]] = {}
+        self._pairing = threading.Lock()
 
-    def _quantize(
-        self, layer: nn.Module, expert: int, projection: Projection, weight: Tensor, name: str
-    ) -> None:
+    def _ready(self, expert: int, projection: Projection, place: Place) -> list[Place]:
         if projection == "down" or not self._is_gated:
-            super()._quantize(layer, expert, projection, weight, name)
-            return
-        _, scale = self._views(layer, expert, projection)
-        weight = weight.to(scale.device).contiguous()
-        amax = matrix_amax(weight, name)
-        if expert not in self._first:
-            self._first[expert] = (projection, weight.clone(), amax)
-            return
-        other, other_weight, other_amax = self._first.pop(expert)
-        shared = torch.maximum(amax, other_amax)
-        for part, matrix in ((other, other_weight), (projection, weight)):
-            codes, _ = self._views(layer, expert, part)
-            quantize_under(matrix, shared, codes, scale)
+            return [place]
+        # On a GPU the other may be another stream's work, and its memory another stream's too
+        on_gpu = place.codes.is_cuda
+        with self._pairing:
+            if expert not in self._first:
+                copy = place.weight.to(place.codes.device).clone()
+                done = torch.cuda.current_stream().record_event() if on_gpu else None
+                self._first[expert] = (place._replace(weight=copy), done)
+                return []
+            other, done = self._first.pop(expert)
+        if done is not None:
+            torch.cuda.current_stream().wait_event(done)
+            other.weight.record_stream(torch.cuda.current_stream())
+        return [other, place]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp8PerTensorOnlineMoEMethod:
+        twin = copy_module.copy(self)
+        memo[id(self)] = twin
+        state = {name: value for name, value in vars(self).items() if name != "_pairing"}
+        vars(twin).update(copy_module.deepcopy(state, memo))
+        twin._pairing = threading.Lock()
+        return twin

@@ -10,7 +10,7 @@ from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
 from moeq.methods.base import align, check_scale, check_weight_dtype, parameter, register_meta
-from moeq.methods.matrices import quantize_matrix
+from moeq.methods.matrices import Place, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
@@ -53,7 +53,7 @@ class OnlineLinearMethod:
         granularity = self.scheme.granularity
         codes = torch.empty(shape, dtype=self.scheme.weight_dtype, device=device)
         scale = torch.empty(scale_shape(granularity, shape), dtype=torch.float32, device=device)
-        quantize_matrix(weight, granularity, codes, scale, name)
+        quantize_matrices([Place(weight, codes, scale, name)], granularity)
         layer.weight_codes = nn.Parameter(codes, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
         self._loaded = True

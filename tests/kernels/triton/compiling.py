@@ -116,7 +116,8 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
             backend.linear(x, made.w2[0], made.w2_scale[0], None, scheme)
         if weights.knows(made.w2.device, made.w2.dtype):
             matrix, scale = torch.zeros(256, 256), made.w2_scale[0].clone()
-            weights.quantize_weight(matrix, scheme.granularity, made.w2[0].clone(), scale)
+            place = weights.Matrix(matrix, made.w2[0].clone(), scale)
+            weights.quantize_weights([place], scheme.granularity)
     print(json.dumps(found))
 
 

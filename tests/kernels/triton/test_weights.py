@@ -27,9 +27,13 @@ EVERY_GRAIN = pytest.mark.parametrize("granularity", Granularity, ids=lambda g: 
 EVERY_CODE = pytest.mark.parametrize("dtype", CODES, ids=str)
 
 
-def check(weight: Tensor, granularity: Granularity, dtype: torch.dtype) -> None:
-    from moeq.kernels.triton.weights import quantize_weight
+def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor) -> None:
+    from moeq.kernels.triton.weights import Matrix, quantize_weights
 
+    quantize_weights([Matrix(weight, codes, scale)], granularity)
+
+
+def check(weight: Tensor, granularity: Granularity, dtype: torch.dtype) -> None:
     scale = scale_from_amax(amax(weight, granularity), dtype)
     codes = quantize(weight, scale, dtype, granularity)
     found = torch.full_like(codes, 3).to(DEVICE)
@@ -62,10 +66,44 @@ def test_ties_zeros_subnormals_and_extremes(granularity: Granularity, dtype: tor
 
 
 @EVERY_GRAIN
+@EVERY_CODE
+@pytest.mark.parametrize(("n", "k"), [(5, 33), (130, 144)])
+def test_many_matrices_in_one_launch(
+    granularity: Granularity, dtype: torch.dtype, n: int, k: int
+) -> None:
+    """Between matrices lie bytes that nobody may write; two of them share a scale per tensor."""
+    from moeq.kernels.triton.weights import Matrix, quantize_weights
+
+    many = 4
+    weights = torch.randn(many, n, k).bfloat16() * torch.logspace(-2, 1, many)[:, None, None]
+    grid = scale_shape(granularity, (n, k))
+    storage = torch.full((many + 1, n + 1, k), 3, dtype=torch.int8).to(DEVICE)
+    scales = torch.full((many, *grid), -1.0).to(DEVICE)
+    shared = granularity is Granularity.TENSOR
+    matrices = [
+        Matrix(
+            weights[i].to(DEVICE),
+            storage[i, :n].view(dtype),
+            scales[0 if shared and i == 1 else i],
+        )
+        for i in range(many)
+    ]
+    quantize_weights(matrices, granularity)
+    for i in range(many):
+        whole = amax(weights[i], granularity)
+        if shared and i < 2:
+            whole = torch.maximum(*(amax(weights[j], granularity) for j in (0, 1)))
+        scale = scale_from_amax(whole, dtype)
+        assert torch.equal(matrices[i].scale.cpu(), scale)
+        codes = quantize(weights[i], scale, dtype, granularity)
+        assert torch.equal(matrices[i].codes.cpu().view(torch.int8), codes.view(torch.int8))
+    assert bool((storage[:, n] == 3).all())
+    assert bool((storage[many] == 3).all())
+
+
+@EVERY_GRAIN
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_shows_in_the_scale(granularity: Granularity, bad: float) -> None:
-    from moeq.kernels.triton.weights import quantize_weight
-
     weight = torch.randn(140, 140)
     weight[137, 3] = bad
     weight = weight.to(DEVICE)
@@ -77,8 +115,6 @@ def test_what_is_not_finite_shows_in_the_scale(granularity: Granularity, bad: fl
 
 @pytest.mark.parametrize("granularity", Granularity, ids=lambda g: g.name)
 def test_an_empty_matrix_has_scale_one(granularity: Granularity) -> None:
-    from moeq.kernels.triton.weights import quantize_weight
-
     scale = torch.zeros(scale_shape(granularity, (3, 0)), device=DEVICE)
     quantize_weight(
         torch.empty(3, 0, device=DEVICE),
