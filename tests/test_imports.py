@@ -167,6 +167,7 @@ def test_these_are_the_public_names() -> None:
         "OnlineQuantScheme",
         "OnlineQuantizationConfig",
         "load",
+        "refresh",
         "register",
         "report_of",
     ]

@@ -27,7 +27,7 @@ def python(code: str) -> str:
 
 
 def test_transformers_and_reload_blocks_run(tmp_path: Path) -> None:
-    online, reload = blocks("python")
+    online, reload, refresh = blocks("python")
     saved = str(tmp_path / "saved")
     code = online.replace("Qwen/Qwen3-30B-A3B", str(model_folder()))
     code += f"\nmodel.save_pretrained({saved!r}); tokenizer.save_pretrained({saved!r})"
@@ -35,6 +35,15 @@ def test_transformers_and_reload_blocks_run(tmp_path: Path) -> None:
     assert "def read_lines(path):" in python(code)
     # Another process, which has never quantized anything
     assert "100% of expert weights quantized" in python(reload.replace("folder", saved))
+    code = online.replace("Qwen/Qwen3-30B-A3B", str(model_folder()))
+    code += "\nimport moeq\nclass trainer:\n    named_tensors = "
+    code += "AutoModelForCausalLM.from_pretrained(path).named_parameters\n"
+    assert "57" in python(code + refresh + "\nprint(report.tensors)")
+
+
+def test_the_example_runs() -> None:
+    example = Path(__file__).parent.parent / "examples" / "refresh.py"
+    assert python(example.read_text(encoding="utf-8")).count("refreshed 57 tensors") == 3
 
 
 def test_commands_of_the_command_line_run() -> None:

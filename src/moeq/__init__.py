@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
     from moeq.engines import register
     from moeq.engines.load import load, report_of
+    from moeq.engines.refresh import refresh
     from moeq.errors import MoeqError
     from moeq.report import LoadReport
     from moeq.schemes import OnlineQuantScheme
@@ -25,6 +26,7 @@ _HOMES = {
     "OnlineQuantScheme": "moeq.schemes",
     "OnlineQuantizationConfig": "moeq.config",
     "load": "moeq.engines.load",
+    "refresh": "moeq.engines.refresh",
     "register": "moeq.engines",
     "report_of": "moeq.engines.load",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "OnlineQuantScheme",
     "OnlineQuantizationConfig",
     "load",
+    "refresh",
     "register",
     "report_of",
 ]

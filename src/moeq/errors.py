@@ -41,6 +41,10 @@ class ModelError(MoeqError):
     """The model cannot be quantized: no experts, or experts that we cannot reach."""
 
 
+class RefreshError(CheckpointError):
+    """New weights for a loaded model are not what it needs."""
+
+
 class NonFiniteError(MoeqError):
     """A weight holds NaN or Inf."""
 

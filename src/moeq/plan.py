@@ -202,7 +202,7 @@ def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:
         for expert in range(shape.num_experts):
             wanted.update({(expert, part, is_bias): None for part in sorted(projections)})
     for source in sources:
-        _check_one(shape, source)
+        check_source(shape, source)
         experts = range(shape.num_experts) if source.expert is None else (source.expert,)
         parts = ("gate", "up") if source.part == "gate_up" else (source.part,)
         for expert in experts:
@@ -224,7 +224,12 @@ def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:
         )
 
 
-def _check_one(shape: LayerShape, source: Source) -> None:
+def check_source(shape: LayerShape, source: Source) -> None:
+    """That one tensor is what the layer expects of its kind.
+
+    Raises:
+        CheckpointError: another expert, dtype or shape.
+    """
     spec = source.spec
     if source.expert is not None and not 0 <= source.expert < shape.num_experts:
         raise CheckpointError(

@@ -92,14 +92,15 @@ def test_a_weight_that_arrives_twice_is_refused() -> None:
         (random(N, K) * math.nan, NonFiniteError, r"w: nan at \[0, 0\], 21000 of 21000"),
     ],
 )
-def test_bad_weights_are_refused_and_leave_the_layer_empty(
+def test_bad_weights_are_refused_and_leave_the_layer_unloaded(
     weight: Tensor, error: type[Exception], message: str
 ) -> None:
     method, layer = created(ROWS)
     with pytest.raises(error, match=message):
         method.load(layer, weight, "w", CPU)
-    assert layer.weight_codes.is_meta
-    with pytest.raises(CheckpointError, match="weight of a linear layer never arrived"):
+    if error is CheckpointError:
+        assert layer.weight_codes.is_meta
+    with pytest.raises(CheckpointError, match="a linear layer: its weight never arrived"):
         method.process_weights_after_loading(layer)
 
 

@@ -165,7 +165,7 @@ def test_process_refuses_and_names_what_never_arrived(
     with pytest.raises(CheckpointError) as caught:
         method.process_weights_after_loading(layer, activation="silu")
     what = f"{missing[1]}{' bias' if missing[2] else ''} of expert {missing[0]}"
-    assert caught.value.message == f"1 expert tensors never arrived, the first: {what}"
+    assert caught.value.message == f"the layer: 1 expert tensors never arrived, the first: {what}"
     arrive(method, layer, model, [missing])
     method.process_weights_after_loading(layer, activation="silu")
     assert method.choice is not None

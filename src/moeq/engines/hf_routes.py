@@ -96,7 +96,7 @@ def decide(
 
 
 @dataclass(frozen=True)
-class _Route:
+class Route:
     """One key: after renamings, where it ends, and the conversion pattern it met on the way."""
 
     spec: TensorSpec
@@ -127,20 +127,20 @@ def find_routes(
     wanted = {
         f"{target.shape.name}.{name}": (target, name)
         for target in targets
-        for name in _parameter_names(target)
+        for name in original_names(target)
     }
     converters = {}
-    by_parameter: dict[str, list[_Route]] = {}
+    by_parameter: dict[str, list[Route]] = {}
     fed: set[str] = set()
     state = model.state_dict()
     fp32 = fp32_patterns(model)
-    kept: dict[str, list[_Route]] = {}
+    kept: dict[str, list[Route]] = {}
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, wanted, state)
-        fed.update(_fed(route, converter))
+        fed.update(fed_by(route, converter))
         if not any(re.search(pattern, route.parameter) for pattern in fp32):
             kept.setdefault(route.parameter, []).append(route)
-        for parameter in _fed(route, converter):
+        for parameter in fed_by(route, converter):
             if parameter in wanted:
                 by_parameter.setdefault(parameter, []).append(route)
                 if route.pattern is not None:
@@ -154,20 +154,20 @@ def find_routes(
         if target.shape.name in merged:
             continue
         sources[parameter] = tuple(
-            _source(route, converter, target, name, parameter) for route in routes
+            source_of(route, converter, target, name, parameter) for route in routes
         )
         claims.update({route.renamed: parameter for route in routes})
     plans = []
     for target in targets:
         mine = tuple(
             source
-            for name in _parameter_names(target)
+            for name in original_names(target)
             for source in sources.get(f"{target.shape.name}.{name}", ())
         )
         check_sources(target.shape, mine)
-        fed.update(f"{target.shape.name}.{name}" for name in _parameter_names(target))
+        fed.update(f"{target.shape.name}.{name}" for name in original_names(target))
         plans.append(LayerPlan(target.shape, target.scheme, mine))
-    _check_rest(model, fed)
+    check_rest(model, fed)
     plain = {
         parameter: routes[0]
         for parameter, routes in kept.items()
@@ -189,7 +189,7 @@ def find_routes(
 _OURS = tuple(f"{w}_{p}" for w in ("w13", "w2", "weight") for p in ("codes", "scale"))
 
 
-def _check_kept(route: _Route, ours: Container[str], state: Mapping[str, Tensor]) -> None:
+def _check_kept(route: Route, ours: Container[str], state: Mapping[str, Tensor]) -> None:
     """What transformers will load itself is what the model expects, and not quantized: it would
     take codes for numbers."""
     spec = route.spec
@@ -217,7 +217,7 @@ def _check_kept(route: _Route, ours: Container[str], state: Mapping[str, Tensor]
         )
 
 
-def _check_rest(model: Any, fed: set[str]) -> None:
+def check_rest(model: Any, fed: set[str]) -> None:
     """What we do not quantize is there too: transformers would fill it with random numbers."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     optional = [*(model._keys_to_ignore_on_load_missing or ())]
@@ -263,8 +263,8 @@ def saved_plans(
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, ours, state)
         found[route.parameter] = route.spec
-        fed.update(_fed(route, converter))
-    _check_rest(model, fed | ours)
+        fed.update(fed_by(route, converter))
+    check_rest(model, fed | ours)
     plans = []
     for target in targets:
         sources = []
@@ -289,41 +289,61 @@ def quantized_names(module: nn.Module) -> list[str]:
     return [name for name in module._parameters if name.startswith(("w13_", "w2_", "weight_"))]
 
 
-def _parameter_names(target: Target) -> tuple[str, ...]:
+def original_names(target: Target) -> tuple[str, ...]:
     if target.shape.kind == "linear":
         return (target.up_name,)
     names = (target.up_name, "down_proj")
     return (*names, *(f"{name}_bias" for name in names)) if target.shape.has_bias else names
 
 
+class Router:
+    """Where transformers would put a tensor: `convert_and_load_state_dict_in_model`, dry.
+
+    Args:
+        model: on the meta device, its original parameters in place.
+        conversions: transformers' table for it.
+    """
+
+    def __init__(self, model: Any, conversions: list[Any]) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        conversions = copy.deepcopy(conversions)  # matching marks an entry as used
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
+        self._known = dict.fromkeys(model.state_dict(), True)
+        self._prefix = model.base_model_prefix
+
+    def route(self, spec: TensorSpec) -> tuple[Route, Any]:
+        """The way of one tensor, and the entry of the table that converts it, if one does."""
+        from transformers.core_model_loading import rename_source_key
+
+        key = spec.name
+        parameter, pattern = rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self._known
+        )
+        renamed = key
+        for renaming in self._renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        if parameter not in self._known and key in self._known:
+            parameter, pattern = key, None
+        return Route(spec, renamed, parameter, pattern), self._by_pattern.get(pattern)
+
+    def knows(self, parameter: str) -> bool:
+        return parameter in self._known
+
+
 def _routes(
     model: Any, specs: Mapping[str, TensorSpec], conversions: list[Any]
-) -> Iterable[tuple[_Route, Any]]:
-    """Where transformers would put every tensor: `convert_and_load_state_dict_in_model`, dry."""
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+) -> Iterable[tuple[Route, Any]]:
+    from transformers.core_model_loading import dot_natural_key
 
-    conversions = copy.deepcopy(conversions)  # matching marks an entry as used
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {p: c for c in converters for p in c.source_patterns}
-    known = dict.fromkeys(model.state_dict(), True)
-    prefix = model.base_model_prefix
+    router = Router(model, conversions)
     for key in sorted(specs, key=dot_natural_key):
-        parameter, pattern = rename_source_key(key, renamings, converters, prefix, known)
-        renamed = key
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        if parameter not in known and key in known:
-            parameter, pattern = key, None
-        yield _Route(specs[key], renamed, parameter, pattern), by_pattern.get(pattern)
+        yield router.route(specs[key])
 
 
-def _fed(route: _Route, converter: Any) -> list[str]:
+def fed_by(route: Route, converter: Any) -> list[str]:
     """Every parameter that a tensor ends in: a conversion can split one into several."""
     if converter is None:
         return [route.parameter]
@@ -331,7 +351,7 @@ def _fed(route: _Route, converter: Any) -> list[str]:
     return [route.parameter, *(route.parameter.replace(first, other) for other in others)]
 
 
-def _source(route: _Route, converter: Any, target: Target, name: str, parameter: str) -> Source:
+def source_of(route: Route, converter: Any, target: Target, name: str, parameter: str) -> Source:
     """What one tensor is to the layer, read off the operations that its conversion lists."""
     module: Any = target.module
     is_bias = name.endswith("_bias")
@@ -369,7 +389,7 @@ def _source(route: _Route, converter: Any, target: Target, name: str, parameter:
     return Source(route.spec, part, expert, transposed, interleaved, is_bias)
 
 
-def _expert_index(route: _Route) -> int:
+def _expert_index(route: Route) -> int:
     """The number that the `*` of a pattern stands for in a key."""
     assert route.pattern is not None
     expression = route.pattern.replace("*", r"(?P<expert>\d+)")

@@ -97,17 +97,37 @@ class OnlineMoEMethodBase:
             "w13": (len(self._local), parts * intermediate_size, hidden_size),
             "w2": (len(self._local), hidden_size, intermediate_size),
         }
-        self._waiting = {
-            (expert, projection) for expert in self._local for projection in self.projections
-        }
+        self._has_bias = has_bias
+        self.expect_all()
         for name, shape in shapes.items():
             register_meta(layer, f"{name}_codes", shape, self.scheme.weight_dtype)
             grid = scale_shape(self.scheme.granularity, shape, parts if name == "w13" else 1)
             register_meta(layer, f"{name}_scale", grid, torch.float32)
             if has_bias:
                 register_meta(layer, f"{name}_bias", shape[:2], dtype)
-        if has_bias:
-            self._waiting |= {(e, f"{p} bias") for e in self._local for p in self.projections}
+
+    def expect_all(self) -> None:
+        """Everything is to arrive, for the first time or anew; storage stays where it is."""
+        kinds = ("", " bias") if self._has_bias else ("",)
+        self._waiting = {(e, p + k) for e in self._local for p in self.projections for k in kinds}
+
+    def expect_nothing(self) -> None:
+        """Whatever has not arrived will not."""
+        self._waiting = set()
+
+    def check_arrived(self, name: str) -> None:
+        """That nothing is missing of the layer called `name`.
+
+        Raises:
+            CheckpointError: some expert's projection never arrived; named.
+        """
+        if self._waiting:
+            expert, projection = min(self._waiting)
+            raise CheckpointError(
+                f"{name}: {len(self._waiting)} expert tensors never arrived,"
+                f" the first: {projection} of expert {expert}",
+                hint="the checkpoint is incomplete; nothing was filled in",
+            )
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -204,13 +224,7 @@ class OnlineMoEMethodBase:
             raise ModelError(
                 f"unknown activation {activation!r}", hint=f"known: {', '.join(ACTIVATIONS)}"
             )
-        if self._waiting:
-            expert, projection = min(self._waiting)
-            raise CheckpointError(
-                f"{len(self._waiting)} expert tensors never arrived,"
-                f" the first: {projection} of expert {expert}",
-                hint="the checkpoint is incomplete; nothing was filled in",
-            )
+        self.check_arrived("the layer")
         self.choice = self.select_backend(parameter(layer, "w13_codes").device, activation)
         self._activation, self._gate, self._after = activation, gate, after
 

@@ -56,6 +56,10 @@ class Fp8PerTensorOnlineMoEMethod(OnlineMoEMethodBase):
             other.weight.record_stream(torch.cuda.current_stream())
         return [other, place]
 
+    def expect_nothing(self) -> None:
+        super().expect_nothing()
+        self._first.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp8PerTensorOnlineMoEMethod:
         twin = copy_module.copy(self)
         memo[id(self)] = twin

@@ -50,13 +50,31 @@ class OnlineLinearMethod:
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
         check_weight_dtype(weight, name)
-        granularity = self.scheme.granularity
-        codes = torch.empty(shape, dtype=self.scheme.weight_dtype, device=device)
-        scale = torch.empty(scale_shape(granularity, shape), dtype=torch.float32, device=device)
-        quantize_matrices([Place(weight, codes, scale, name)], granularity)
-        layer.weight_codes = nn.Parameter(codes, requires_grad=False)
-        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if parameter(layer, "weight_codes").is_meta:
+            for own in ("weight_codes", "weight_scale"):
+                empty = torch.empty_like(parameter(layer, own), device=device)
+                setattr(layer, own, nn.Parameter(empty, requires_grad=False))
+        codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
+        place = Place(weight, codes.data, scale.data, name)
+        quantize_matrices([place], self.scheme.granularity)
         self._loaded = True
+
+    def expect_all(self) -> None:
+        """The weight is to arrive anew."""
+        self._loaded = False
+
+    def expect_nothing(self) -> None:
+        """What has not arrived will not."""
+        self._loaded = True
+
+    def check_arrived(self, name: str) -> None:
+        """That the weight of the layer called `name` is there.
+
+        Raises:
+            CheckpointError: it never arrived.
+        """
+        if not self._loaded:
+            raise CheckpointError(f"{name}: its weight never arrived")
 
     def select_backend(self, device: torch.device) -> Choice:
         """The kernel that would run: to ask before anything is loaded.
@@ -83,8 +101,7 @@ class OnlineLinearMethod:
         """Check that the weight arrived and choose the kernel; later calls do nothing."""
         if self.choice is not None:
             return
-        if not self._loaded:
-            raise CheckpointError("the weight of a linear layer never arrived")
+        self.check_arrived("a linear layer")
         self.choice = self.select_backend(parameter(layer, "weight_codes").device)
 
     def dequantized(self, layer: nn.Module) -> Tensor:

@@ -1,0 +1,246 @@
+"""New weights for a model that is loaded and quantized, in place: for RL, where they change often.
+
+    for step in training:
+        moeq.refresh(model, trainer.named_tensors())
+
+Names are those of the original checkpoint, or of the model's own fused parameters; order and
+grouping do not matter. Codes, scales and everything else are written where they are, so what was
+captured into a CUDA graph stays valid, and the result is the bytes of a fresh load. At most
+`_BATCH` bytes are on their way at a time, however many tensors come.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeq.checkpoint.headers import FileStamp, TensorSpec
+from moeq.config import OnlineQuantizationConfig
+from moeq.engines.hf_routes import Router, check_rest, fed_by, original_names, source_of
+from moeq.engines.hf_stream import Arrival, Method, arrivals_of
+from moeq.engines.hf_structure import Target, find_targets
+from moeq.errors import ModelError, MoeqError, RefreshError
+from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.linear import OnlineLinearMethod
+from moeq.plan import Source, check_source
+
+_BATCH = 64 << 20
+"""Bytes that are collected before a launch."""
+
+_HERE = Path("refresh")
+"""Stands for a file in messages: these tensors come from none."""
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What one refresh did.
+
+    Attributes:
+        tensors: that arrived.
+        nbytes: of them.
+        seconds: from the first to the last.
+    """
+
+    tensors: int
+    nbytes: int
+    seconds: float
+
+
+def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
+    """Give a quantized model new weights, in place.
+
+    Args:
+        model: that moeq loaded.
+        tensors: (name in the original checkpoint, tensor), fp16, bf16 or fp32 on any device; every
+            tensor of the checkpoint once, in any order.
+
+    Raises:
+        RefreshError: a tensor is missing, twice, unknown, misshapen or not finite. What arrived
+            before it is in place, the rest is as it was: the model runs, on a mixture that the
+            message describes. A whole refresh mends it.
+        ModelError: moeq did not load this model, or cannot refresh its kind.
+    """
+    return _Refresh(_table_of(model), model).run(tensors)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one tensor goes: a quantized layer, or a parameter that is kept.
+
+    Attributes:
+        fed: parameters of the original model that it is part of.
+        name: of the layer, or of the parameter.
+        source: what it is to the layer; None for what is kept.
+    """
+
+    fed: tuple[str, ...]
+    name: str
+    source: Source | None
+
+
+class _Table:
+    """Slots by name, for one model; made once, because matching names takes longer than copying."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        config = getattr(model, "hf_quantizer", None)
+        config = getattr(config, "quantization_config", None)
+        if not isinstance(config, OnlineQuantizationConfig):
+            raise ModelError("the model was not quantized by moeq while it loaded")
+        plain = type(model.config).from_dict(model.config.to_dict())
+        if hasattr(plain, "quantization_config"):
+            del plain.quantization_config
+        with torch.device("meta"):
+            self.original = type(model)._from_config(plain, dtype=model.dtype)
+        targets, _ = find_targets(self.original, config)
+        self._targets: dict[str, tuple[Target, str]] = {
+            f"{target.shape.name}.{name}": (target, name)
+            for target in targets
+            for name in original_names(target)
+        }
+        self.layers = {target.shape.name: target for target in targets}
+        self._router = Router(self.original, get_model_conversion_mapping(self.original))
+        self._slots: dict[tuple[str, torch.Size, torch.dtype], _Slot] = {}
+
+    def slot(self, name: str, tensor: Tensor) -> _Slot:
+        key = (name, tensor.shape, tensor.dtype)
+        if key not in self._slots:
+            self._slots[key] = self._find(name, tensor)
+        return self._slots[key]
+
+    def _find(self, name: str, tensor: Tensor) -> _Slot:
+        shape = tuple(tensor.shape)
+        spec = TensorSpec(name, tensor.dtype, shape, _HERE, 0, tensor.nbytes, FileStamp(0, 0, 0))
+        route, converter = self._router.route(spec)
+        fed = tuple(fed_by(route, converter))
+        for parameter in fed:
+            if parameter in self._targets:
+                target, what = self._targets[parameter]
+                source = source_of(route, converter, target, what, parameter)
+                check_source(target.shape, source)
+                return _Slot(fed, target.shape.name, source)
+        if not self._router.knows(route.parameter):
+            raise RefreshError(f"{name!r} is no tensor of this model's checkpoint")
+        if converter is not None:
+            raise RefreshError(
+                f"{name!r}: transformers builds {route.parameter} of several tensors, which moeq"
+                " cannot refresh"
+            )
+        return _Slot(fed, route.parameter, None)
+
+
+class _Refresh:
+    def __init__(self, table: _Table, model: Any) -> None:
+        self._table = table
+        self._modules = {name: model.get_submodule(name) for name in table.layers}
+        self._methods: dict[str, Method] = {
+            name: module._moeq_method for name, module in self._modules.items()
+        }
+        self._state = dict(model.named_parameters(remove_duplicate=False))
+        self._state |= dict(model.named_buffers(remove_duplicate=False))
+        self._fed: set[str] = set()
+        self._seen: set[str] = set()
+        self._bytes = 0
+        self._batch: dict[str, list[Arrival]] = {}
+        self._batched = 0
+
+    @torch.no_grad()
+    def run(self, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
+        started = time.perf_counter()
+        for method in self._methods.values():
+            method.expect_all()
+        try:
+            for name, tensor in tensors:
+                self._arrive(name, tensor)
+            self._flush()
+            self._check_complete()
+        except MoeqError as error:
+            raise RefreshError(
+                f"{error.message}; the model now mixes new and old weights:"
+                f" {len(self._seen)} tensors are new",
+                hint=error.hint or "refresh it again with every tensor",
+            ) from error
+        finally:
+            for method in self._methods.values():
+                method.expect_nothing()
+        return RefreshReport(len(self._seen), self._bytes, time.perf_counter() - started)
+
+    def _arrive(self, name: str, tensor: Tensor) -> None:
+        if name in self._seen:
+            raise RefreshError(f"{name!r} came twice")
+        slot = self._table.slot(name, tensor)
+        if slot.source is None:
+            self._copy(slot.name, name, tensor)
+        else:
+            self._take(slot.name, slot.source, tensor)
+        self._fed.update(slot.fed)
+        self._seen.add(name)
+        self._bytes += tensor.nbytes
+
+    def _copy(self, parameter: str, name: str, tensor: Tensor) -> None:
+        kept = self._state[parameter]
+        if kept.shape != tensor.shape:
+            raise RefreshError(
+                f"{name!r} has shape {list(tensor.shape)}, expected {list(kept.shape)}"
+            )
+        kept.copy_(tensor)
+
+    def _take(self, layer: str, source: Source, tensor: Tensor) -> None:
+        method, module = self._methods[layer], self._modules[layer]
+        if isinstance(method, OnlineLinearMethod):
+            method.load(module, tensor, source.spec.name, method_device(module))
+            return
+        experts = range(self._table.layers[layer].shape.num_experts)
+        stacked = source.expert is None
+        for expert in experts if stacked else (source.expert,):
+            assert expert is not None
+            piece = tensor[expert] if stacked else tensor
+            arrivals = arrivals_of(source, expert, piece)
+            if source.is_bias:
+                for arrival in arrivals:
+                    method.load_bias(module, *arrival)
+                continue
+            self._batch.setdefault(layer, []).extend(arrivals)
+            self._batched += piece.nbytes
+            if self._batched >= _BATCH:
+                self._flush()
+
+    def _flush(self) -> None:
+        batch, self._batch, self._batched = self._batch, {}, 0
+        for layer, arrivals in batch.items():
+            method = self._methods[layer]
+            assert isinstance(method, OnlineMoEMethodBase)
+            method.load_experts(self._modules[layer], arrivals)
+
+    def _check_complete(self) -> None:
+        for name, method in self._methods.items():
+            method.check_arrived(name)
+        names = (
+            f"{t.shape.name}.{n}" for t in self._table.layers.values() for n in original_names(t)
+        )
+        check_rest(self._table.original, self._fed | set(names))
+        for name, module in self._modules.items():
+            for scale, values in module.named_parameters(recurse=False):
+                if scale.endswith("_scale") and not bool(torch.isfinite(values).all()):
+                    raise RefreshError(f"{name}: NaN or Inf among the new weights")
+
+
+def method_device(module: nn.Module) -> torch.device:
+    return next(module.parameters(recurse=False)).device
+
+
+_tables: weakref.WeakKeyDictionary[nn.Module, _Table] = weakref.WeakKeyDictionary()
+
+
+def _table_of(model: nn.Module) -> _Table:
+    if model not in _tables:
+        _tables[model] = _Table(model)
+    return _tables[model]
