@@ -152,6 +152,57 @@ def test_every_shipped_tiling(family: str, row: dict[str, Any]) -> None:
     assert torch.equal(actual, layer.fused_experts(*args, path, arithmetic).cpu())
 
 
+@pytest.mark.parametrize(("n", "k"), [(264, 128), (256, 136), (264, 136)])
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_many_rows_of_blocks_that_no_descriptor_describes(n: int, k: int, misaligned: bool) -> None:
+    """Rows, or a first byte, that are no multiple of 16 bytes; and columns that are not."""
+    from moeq.kernels import triton
+
+    scheme = OnlineQuantScheme.FP8_PER_BLOCK
+    w = to_device(random_weights(scheme, 1, n, k, gated=False))
+    codes = w.w2
+    if misaligned:
+        room = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=DEVICE)
+        codes = room[1:].view(codes.shape).copy_(codes)
+        assert codes.data_ptr() % 16
+    x = torch.randn(257, k).bfloat16()
+    expected = reference.linear(x, w.w2[0].cpu(), w.w2_scale[0].cpu(), None, scheme)
+    actual = triton.linear(x.to(DEVICE), codes[0], w.w2_scale[0], None, scheme)
+    assert_close(actual.cpu(), expected, scheme)
+    ids = torch.zeros(257, 1, dtype=torch.long, device=DEVICE)
+    actual = triton.expert_linear(x[:, None].to(DEVICE), ids, codes, w.w2_scale, None, scheme, 1)
+    assert_close(actual[:, 0].cpu(), expected, scheme)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("h", "i"), [(256, 136), (136, 256)])
+def test_many_rows_of_blocks_of_odd_widths(h: int, i: int, gated: bool) -> None:
+    from moeq.kernels import triton
+
+    scheme = OnlineQuantScheme.FP8_PER_BLOCK
+    weights = random_weights(scheme, 1, h, i, gated=gated)
+    x, ids, factors = torch.randn(257, h).bfloat16(), torch.zeros(257, 1).long(), torch.ones(257, 1)
+    expected = reference.fused_experts(x, ids, factors, weights, "silu")
+    moved = [v.to(DEVICE) for v in (x, ids, factors)]
+    actual = triton.fused_experts(*moved, to_device(weights), "silu")
+    assert_close(actual.cpu(), expected, scheme)
+
+
+def test_fp16_has_room_for_outputs_of_experts_before_their_weights() -> None:
+    from moeq.kernels import triton
+
+    weights = random_weights(SCHEMES["decode"], 2, 16, 16, gated=False)
+    weights = replace(weights, w2_scale=torch.full_like(weights.w2_scale, 60.0))
+    for t in (512, 513):
+        x, factors = torch.randn(t, 16).half(), torch.full((t, 2), 0.05)
+        ids = torch.tensor([[0, 1]]).repeat(t, 1)
+        expected = reference.fused_experts(x, ids, factors, weights, "relu")
+        assert bool(torch.isfinite(expected).all())
+        moved = [v.to(DEVICE) for v in (x, ids, factors)]
+        actual = triton.fused_experts(*moved, to_device(weights), "relu")
+        assert_close(actual.cpu(), expected, SCHEMES["decode"])
+
+
 @pytest.mark.parametrize("block_n", [128, 256])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("h", "i"), [(272, 144), (80, 400)])

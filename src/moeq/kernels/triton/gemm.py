@@ -224,6 +224,7 @@ def _tile(
     )
 
     if SCALES == "block":
+        tl.static_assert(COLS <= BLOCK)
         grid_n = tl.cdiv(N, BLOCK)
         grid_k = tl.cdiv(K, BLOCK)
         line = w_scale + (expert * (PARTS * grid_n) + n * COLS // BLOCK) * grid_k

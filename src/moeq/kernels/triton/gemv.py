@@ -81,6 +81,8 @@ def up(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width = N if ACT != "" else PARTS * N
     if (found < 0) | (found >= E):
+        if WAIT:  # who waits for this kernel waits for those before it only if it has waited too
+            tl.extra.cuda.gdc_wait()
         for part in tl.static_range(PARTS if ACT == "" else 1):
             zero = tl.zeros((ROWS,), tl.float32).to(out.dtype.element_ty)
             tl.store(out + pair * width + part * N + n, zero, mask=n < N)

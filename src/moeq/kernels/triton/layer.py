@@ -14,7 +14,7 @@ while its predecessor drains, and waits before it reads what that wrote.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,11 @@ from moeq.schemes import Granularity, OnlineQuantScheme
 _SCALES = {Granularity.TENSOR: "tensor", Granularity.CHANNEL: "channel", Granularity.BLOCK: "block"}
 
 _EXACT_PAIRS = 1024
-"""Pairs up to which outputs of experts wait for their sum in fp32; more of them cost bandwidth."""
+"""Pairs up to which outputs of experts wait for their sum in fp32; more of them cost bandwidth, and
+wait in bf16. fp16 has no room for outputs that their weights have not made small yet."""
+
+_ALIGNMENT = 16
+"""Bytes, of the rows of a matrix behind a tensor descriptor and of its first."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Gemm:
     registers: int | None = None
     tail_m: int = 0
     halves: bool = False
-    """See `gemm._block_tile`; for codes of blocks, with K a multiple of 16."""
+    """See `gemm._block_tile`; for codes of blocks."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def fused_experts(
         x_rows="token", out_rows="sorted",
     )  # fmt: skip
     a, a_scale = quantized(mid, w2, arithmetic)
-    y = x.new_empty(t * k, h, dtype=torch.float32 if t * k <= _EXACT_PAIRS else x.dtype)
+    exact = t * k <= _EXACT_PAIRS or x.dtype == torch.float16
+    y = x.new_empty(t * k, h, dtype=torch.float32 if exact else x.dtype)
     run_gemm(
         a, a_scale, routing, w2, y, "", k, path.block_m, path.down, arithmetic,
         x_rows="sorted", out_rows="pair",
@@ -180,8 +185,10 @@ def run_gemm(
 ) -> None:
     """One `gemm.grouped_gemm`; `out` is written where there are rows. Without a routing all rows
     belong to the one expert there is."""
-    cols = config.block_n // w.parts
     codes, w_scale, bias = _operands(w, arithmetic)
+    if config.halves and (w.k % _ALIGNMENT or codes.data_ptr() % _ALIGNMENT):
+        config = replace(config, halves=False, block_n=128)  # no tensor descriptor for these
+    cols = config.block_n // w.parts
     if config.halves:
         lines = [codes.shape[0] * codes.shape[1], w.k]
         box = [config.block_n // 2, config.block_k]
@@ -329,6 +336,8 @@ def quantized(
 
 def _operands(w: Projection, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and bias as kernels take them; what is absent is some tensor, never read."""
+    for tensor in (w.codes, w.scale, w.bias):
+        assert tensor is None or tensor.is_contiguous(), tensor.stride()
     codes = w.codes.view(torch.int8) if arithmetic.fp8_bits else w.codes
     return codes, w.scale, w.scale if w.bias is None else w.bias
 

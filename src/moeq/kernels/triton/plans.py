@@ -41,9 +41,6 @@ asks the device how many rows there are. It wants strides of 16 bytes, and fewer
 
 _LIBRARY_EXPERTS = 1024
 
-_DESCRIPTOR_ALIGNMENT = 16
-"""Bytes that the rows of a matrix behind a tensor descriptor are a multiple of."""
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -129,10 +126,6 @@ def choose(
     up, down = (
         fitted(Gemm(**entry[name]), entry["block_m"], sizes, limit) for name in ("up", "down")
     )
-    if h % _DESCRIPTOR_ALIGNMENT:
-        up = replace(up, halves=False)
-    if i % _DESCRIPTOR_ALIGNMENT:
-        down = replace(down, halves=False)
     return GemmPath(entry["block_m"], up, down)
 
 

@@ -1,0 +1,176 @@
+"""Loading: seconds, memory, against reading the same files and against transformers' own bf16.
+
+    python benchmarks/loading.py [--gb 2.4] [--device cuda] [--quantization NAME ...] [--cold]
+
+Makes a checkpoint of Qwen3-30B-A3B's layers with random weights (kept with --keep, found again with
+--folder), then in processes of their own and in turns: reads the files into (pinned) memory by
+several threads and nothing else; loads with moeq under each scheme; loads with transformers in bf16.
+Medians over --rounds. Peak memory is anonymous memory on the host, and PyTorch's on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYER_GB = 1.2
+"""Of one layer: 128 experts of 3 x 2048 x 768 in bf16."""
+
+
+def make(folder: Path, gb: float) -> None:
+    """A Qwen3-MoE checkpoint of about `gb` 10^9 bytes, one layer in memory at a time."""
+    from safetensors.torch import save_file
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    layers = max(1, round(gb / LAYER_GB))
+    config = Qwen3MoeConfig(
+        vocab_size=8192, hidden_size=2048, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, intermediate_size=6144, norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config.dtype = torch.bfloat16
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    weight_map: dict[str, str] = {}
+    groups: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        group = groups.setdefault(layer, {})
+        if name.endswith(("gate_up_proj", "down_proj")) and ".experts." in name:
+            base, kind = name.rsplit(".", 1)
+            for expert in range(parameter.shape[0]):
+                n, k = parameter.shape[1:]
+                parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+                for part in parts:
+                    shape = torch.Size((n // len(parts), k))
+                    group[f"{base}.{expert}.{part}.weight"] = shape
+        else:
+            group[name] = parameter.shape
+    for index, group in enumerate(groups.values()):
+        file = f"model-{index:05}.safetensors"
+        tensors = {
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+            for name, shape in group.items()
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(group, file))
+    index_file = folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def drop_cache(folder: Path) -> None:
+    """Ask the system to forget the files' contents."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure(what: str, folder: Path, device: str) -> dict[str, Any]:
+    """One run, in this process: seconds and peak bytes."""
+    from moeq.checkpoint.headers import checkpoint_files, read_headers
+    from moeq.memory import PeakMemory
+
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.zeros(1, device=where)  # the context is not part of loading
+    if what == "read":
+        from moeq.checkpoint.stream import chunks_of, stream, whole
+
+        specs = read_headers(checkpoint_files(folder))
+        chunks = chunks_of(whole(spec, None) for spec in specs.values())
+        started = time.perf_counter()
+        workers = min(16, os.cpu_count() or 1)
+        stream(chunks, lambda chunk, buffer: None, workers=workers, pin=where.type == "cuda")
+        return {"seconds": time.perf_counter() - started, "peak": None}
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if what == "bf16":
+        from transformers import AutoModelForCausalLM
+
+        started = time.perf_counter()
+        with PeakMemory(where) as memory:
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
+        return {"seconds": time.perf_counter() - started, "peak": memory.peak_bytes}
+    from moeq import load, report_of
+
+    started = time.perf_counter()
+    model = load(folder, what, device=device)
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+    report = report_of(model)
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak": report.peak_bytes_actual,
+        "planned": report.peak_bytes_planned,
+        "final": report.total_bytes_after,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gb", type=float, default=2.4)
+    parser.add_argument("--folder", type=Path, help="a checkpoint made before")
+    parser.add_argument("--keep", type=Path, help="where to make one that stays")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="drop the page cache before each run")
+    parser.add_argument(
+        "--quantization", nargs="*", default=["int8_per_channel_weight_only", "fp8_per_block"]
+    )
+    parser.add_argument("--no-bf16", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.folder, args.device)))
+        return
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.folder or args.keep or Path(made)
+        if args.folder is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            make(folder, args.gb)
+        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        names = ["read", *args.quantization, *([] if args.no_bf16 else ["bf16"])]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                if args.cold:
+                    drop_cache(folder)
+                command = [sys.executable, __file__, "--one", name]
+                command += ["--folder", str(folder), "--device", args.device]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+        read = statistics.median(run["seconds"] for run in runs["read"])
+        print(f"{nbytes / 1e9:.1f} GB, {'cold' if args.cold else 'warm'}, {args.device}")
+        print(
+            f"{'':32}{'s':>7} {'/read':>6} {'GB/s':>6} {'peak MB':>8} {'planned':>8} {'final':>8}"
+        )
+        for name, found in runs.items():
+            seconds = statistics.median(run["seconds"] for run in found)
+            cells = [
+                "" if found[0].get(key) is None else f"{max(run[key] for run in found) / 1e6:.0f}"
+                for key in ("peak", "planned", "final")
+            ]
+            print(
+                f"{name:32}{seconds:>7.2f} {seconds / read:>6.2f} {nbytes / 1e9 / seconds:>6.2f}"
+                + "".join(f" {cell:>8}" for cell in cells)
+            )
+
+
+if __name__ == "__main__":
+    main()
