@@ -4,7 +4,7 @@
 
 Makes a checkpoint of Qwen3-30B-A3B's layers with random weights (kept with --keep, found again with
 --folder), then in processes of their own and in turns: reads the files into (pinned) memory by
-several threads and nothing else; loads with moeq under each scheme; loads with transformers in bf16.
+several threads and nothing else; loads with moeq under each scheme; with transformers in bf16.
 Medians over --rounds. Peak memory is anonymous memory on the host, and PyTorch's on a GPU.
 """
 

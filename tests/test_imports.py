@@ -170,6 +170,7 @@ def test_these_are_the_public_names() -> None:
         "refresh",
         "register",
         "report_of",
+        "save",
     ]
     assert dir(moeq) == sorted([*moeq.__all__, "__version__"])
 

@@ -30,7 +30,7 @@ def test_transformers_and_reload_blocks_run(tmp_path: Path) -> None:
     online, reload, refresh = blocks("python")
     saved = str(tmp_path / "saved")
     code = online.replace("Qwen/Qwen3-30B-A3B", str(model_folder()))
-    code += f"\nmodel.save_pretrained({saved!r}); tokenizer.save_pretrained({saved!r})"
+    code += f"\nimport moeq; moeq.save(model, {saved!r})"
     assert str(model_folder()) in code
     assert "def read_lines(path):" in python(code)
     # Another process, which has never quantized anything

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moeq.engines import register
     from moeq.engines.load import load, report_of
     from moeq.engines.refresh import refresh
+    from moeq.engines.save import save
     from moeq.errors import MoeqError
     from moeq.report import LoadReport
     from moeq.schemes import OnlineQuantScheme
@@ -29,6 +30,7 @@ _HOMES = {
     "refresh": "moeq.engines.refresh",
     "register": "moeq.engines",
     "report_of": "moeq.engines.load",
+    "save": "moeq.engines.save",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "refresh",
     "register",
     "report_of",
+    "save",
 ]
 
 

@@ -93,7 +93,7 @@ def test_load_takes_a_config_or_json(qwen: Path) -> None:
 
 
 def test_load_of_what_moeq_saved(qwen: Path, tmp_path: Path) -> None:
-    moeq.load(qwen, INT8).save_pretrained(tmp_path / "saved")
+    moeq.save(moeq.load(qwen, INT8), tmp_path / "saved")
     again = moeq.load(tmp_path / "saved")
     assert report_of(again).coverage == 1.0
     with pytest.raises(ConfigError, match="already quantized by moeq"):
@@ -152,7 +152,7 @@ def test_load_refuses_what_is_no_config(text: str, qwen: Path) -> None:
 
 
 def test_a_saved_checkpoint_with_a_scale_missing(qwen: Path, tmp_path: Path) -> None:
-    moeq.load(qwen, INT8).save_pretrained(tmp_path / "saved")
+    moeq.save(moeq.load(qwen, INT8), tmp_path / "saved")
 
     def drop(tensors: dict[str, Tensor]) -> None:
         del tensors[f"{EXPERTS}.w2_scale"]
@@ -164,21 +164,19 @@ def test_a_saved_checkpoint_with_a_scale_missing(qwen: Path, tmp_path: Path) -> 
 
 def test_a_saved_checkpoint_of_another_scheme(qwen: Path, tmp_path: Path) -> None:
     """Codes of int8 read as fp8 would be a model of noise."""
-    moeq.load(qwen, INT8).save_pretrained(tmp_path / "saved")
+    moeq.save(moeq.load(qwen, INT8), tmp_path / "saved")
     config = quantization_of(moeq.load(tmp_path / "saved")).to_dict()
     amend(tmp_path / "saved", {"quantization_config": config | {"moe": FP8}})
     with pytest.raises(CheckpointError, match=r"int8.*expected torch\.float8_e4m3fn"):
         moeq.load(tmp_path / "saved")
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"max_shard_size": "30KB"}, {"save_original_format": False}], ids=str
-)
+@pytest.mark.parametrize("kwargs", [{"max_shard_size": "30KB"}, {}], ids=str)
 def test_ways_to_save(kwargs: dict[str, Any], qwen: Path, tmp_path: Path) -> None:
     model = load(qwen, scheme=FP8)
     for folder in (tmp_path / "once", tmp_path / "twice"):
-        model.save_pretrained(folder, **kwargs)
-        again = QWEN.model_class.from_pretrained(folder)
+        moeq.save(model, folder, **kwargs)
+        again = QWEN.model_class.from_pretrained(folder, variant="moeq")
         assert_same_state(again, model)
         model = again
 
@@ -189,12 +187,12 @@ def test_saving_what_is_quantized_in_part(
 ) -> None:
     """The other layer's experts go back to what the hub has: a tensor each."""
     model = load(qwen, **choice)
-    model.save_pretrained(tmp_path / "saved")
+    moeq.save(model, tmp_path / "saved")
     other = set(QWEN.experts) - quantized_layers(model)
     assert f"{other.pop()}.0.gate_proj.weight" in load_file(
-        tmp_path / "saved" / "model.safetensors"
+        tmp_path / "saved" / "model.moeq.safetensors"
     )
-    again = QWEN.model_class.from_pretrained(tmp_path / "saved")
+    again = QWEN.model_class.from_pretrained(tmp_path / "saved", variant="moeq")
     assert_same_state(again, model)
     assert quantization_of(again) == quantization_of(model)
 
@@ -202,8 +200,10 @@ def test_saving_what_is_quantized_in_part(
 def test_a_saved_checkpoint_in_another_dtype(qwen: Path, tmp_path: Path) -> None:
     """Activations and what is not quantized change, codes and scales do not."""
     model = load(qwen, scheme=FP8)
-    model.save_pretrained(tmp_path / "saved")
-    again = QWEN.model_class.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    moeq.save(model, tmp_path / "saved")
+    again = QWEN.model_class.from_pretrained(
+        tmp_path / "saved", variant="moeq", dtype=torch.float32
+    )
     assert again.dtype == torch.float32
     assert_same_state(again.get_submodule(EXPERTS), model.get_submodule(EXPERTS))
     assert again(torch.tensor([[5, 6]])).logits.dtype == torch.float32

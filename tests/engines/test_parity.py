@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from moeq import OnlineQuantizationConfig, report_of
+from moeq import OnlineQuantizationConfig, report_of, save
 from moeq.engines import hf_stream
 from moeq.experts import ExpertWeights
 from moeq.quantize import amax, dequantize, quantize, scale_from_amax
@@ -171,9 +171,9 @@ def test_saving_and_loading_again_changes_nothing(
     checkpoint: Checkpoint, scheme: OnlineQuantScheme, tmp_path: Path
 ) -> None:
     model = checkpoint.load(scheme, checkpoint.hub, dtype=checkpoint.architecture.half_dtype)
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path / "saved")
     again = checkpoint.architecture.model_class.from_pretrained(
-        tmp_path, dtype=checkpoint.architecture.half_dtype
+        tmp_path / "saved", variant="moeq", dtype=checkpoint.architecture.half_dtype
     )
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in again.state_dict().items():

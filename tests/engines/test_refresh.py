@@ -80,7 +80,7 @@ def test_every_scheme_again_and_again(scheme: OnlineQuantScheme, tmp_path: Path)
 
 def test_a_model_that_moeq_saved_takes_new_weights_too(tmp_path: Path) -> None:
     old, new = (saved(QWEN, tmp_path / str(seed), seed) for seed in (1, 2))
-    load(old, QWEN, FP8).save_pretrained(tmp_path / "quantized")
+    moeq.save(load(old, QWEN, FP8), tmp_path / "quantized")
     model = moeq.load(tmp_path / "quantized")
     moeq.refresh(model, tensors_of(new))
     assert_same_state(model, load(new, QWEN, FP8))

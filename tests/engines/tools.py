@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeq import OnlineQuantizationConfig
+from moeq.checkpoint.headers import checkpoint_files
+from moeq.checkpoint.writer import MANIFEST_NAME
 from tests.engines.models import BY_NAME, Architecture
 
 INT8 = "int8_per_channel_weight_only"
@@ -36,10 +38,11 @@ def load(folder: Path, architecture: Architecture = QWEN, scheme: Any = INT8, **
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change the tensors of a checkpoint in one file."""
-    file = folder / "model.safetensors"
+    (file,) = checkpoint_files(folder)
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def amend(folder: Path, entries: dict[str, Any]) -> None:

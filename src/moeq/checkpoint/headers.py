@@ -25,6 +25,12 @@ from moeq.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+VARIANT = "moeq"
+"""How transformers calls files of weights that it should not take by itself."""
+
+_QUANTIZED_INDEX = f"model.safetensors.index.{VARIANT}.json"
+_QUANTIZED_SINGLE = f"model.{VARIANT}.safetensors"
+
 _MAX_HEADER = 100 << 20
 """The format's own limit for the JSON header, in bytes."""
 
@@ -98,9 +104,10 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
                     f"{file.name}: tensor {spec.name!r} is also in {specs[spec.name].file.name}"
                 )
             specs[spec.name] = spec
-    index = files[0].parent / INDEX_NAME
-    if len(files) > 1 and index.exists():
-        _check_index(index, specs)
+    for name in (INDEX_NAME, _QUANTIZED_INDEX):
+        index = files[0].parent / name
+        if len(files) > 1 and index.exists():
+            _check_index(index, specs)
     return specs
 
 
@@ -117,19 +124,13 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: no config.json", hint="a model folder holds config.json and *.safetensors"
         )
-    if (folder / SINGLE_NAME).is_file():  # where both are, transformers takes this one
-        return [folder / SINGLE_NAME]
-    index = folder / INDEX_NAME
-    if index.exists():
-        shards = sorted(set(_weight_map(index).values()))
-        for shard in shards:
-            _check_shard_name(shard, index)
-            if not (folder / shard).is_file():
-                raise CheckpointError(
-                    f"{folder / shard}: missing, though {INDEX_NAME} lists it",
-                    hint="download the checkpoint again; the first one was interrupted",
-                )
-        return [folder / shard for shard in shards]
+    names = ((SINGLE_NAME, INDEX_NAME), (_QUANTIZED_SINGLE, _QUANTIZED_INDEX))
+    for single, index_name in names:
+        if (folder / single).is_file():  # where both are, transformers takes this one
+            return [folder / single]
+        index = folder / index_name
+        if index.exists():
+            return _listed(index)
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if found:
         raise CheckpointError(f"{folder}: shards ({found[0]}, ...) without {INDEX_NAME}")
@@ -140,6 +141,20 @@ def checkpoint_files(folder: Path) -> list[Path]:
             hint="convert it to safetensors with a tool that you trust",
         )
     raise CheckpointError(f"{folder}: no weights", hint=f"expected {SINGLE_NAME} or {INDEX_NAME}")
+
+
+def _listed(index: Path) -> list[Path]:
+    """The shards of an index."""
+    folder = index.parent
+    shards = sorted(set(_weight_map(index).values()))
+    for shard in shards:
+        _check_shard_name(shard, index)
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                f"{folder / shard}: missing, though {index.name} lists it",
+                hint="download the checkpoint again; the first one was interrupted",
+            )
+    return [folder / shard for shard in shards]
 
 
 def _file_specs(file: Path) -> Iterator[TensorSpec]:
@@ -258,7 +273,7 @@ def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
     extra = specs.keys() - weight_map.keys()
     if extra:
         name = min(extra)
-        raise CheckpointError(f"{specs[name].file}: tensor {name!r} is not in {INDEX_NAME}")
+        raise CheckpointError(f"{specs[name].file}: tensor {name!r} is not in {index.name}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moeq.checkpoint.headers import checkpoint_files
+from moeq.checkpoint.headers import VARIANT, checkpoint_files
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.writer import check_manifest
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.transformers import (
     MoeqHfQuantizer,
@@ -92,6 +93,8 @@ def load(
     register_with_transformers()
     # Two loads at once give wrong models: transformers changes global state while it builds one
     with _LOCK, reporting_to(progress):
+        if saved:
+            kwargs = {"variant": VARIANT} | kwargs
         return model_class(entries).from_pretrained(
             folder, quantization_config=config, device_map=device, **kwargs
         )
@@ -108,6 +111,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             somebody else.
     """
     checkpoint_files(folder)
+    check_manifest(folder)
     return check_config(folder)
 
 

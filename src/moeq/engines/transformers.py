@@ -10,7 +10,7 @@
    place as it arrives (`hf_stream`). Everything else loads as transformers loads it.
 4. Afterwards our layers get their classes, their kernels are chosen, and a `LoadReport` is kept.
 
-A checkpoint that `save_pretrained` wrote holds codes and scales under names of their own and loads
+A checkpoint that `moeq.save` wrote holds codes and scales under names of their own and loads
 as any other, without step 2 and 3. Written against transformers 5.17 to 5.23: the hooks that
 changed between those are marked.
 """
@@ -52,6 +52,19 @@ _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 """transformers makes the quantizer, so `load` cannot hand it anything."""
 
 
+_saving: ContextVar[bool] = ContextVar("saving", default=False)
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Inside it a model may be written: by `moeq.save`, which names the files."""
+    token = _saving.set(True)
+    try:
+        yield
+    finally:
+        _saving.reset(token)
+
+
 @contextlib.contextmanager
 def reporting_to(progress: Progress | None) -> Iterator[None]:
     """Loads inside it call `progress`."""
@@ -87,6 +100,11 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     # What transformers asks.
 
     def is_serializable(self) -> bool:
+        if not _saving.get():
+            raise ModelError(
+                "save_pretrained writes files that other programs take for unquantized weights",
+                hint="use moeq.save(model, folder)",
+            )
         return True
 
     @property

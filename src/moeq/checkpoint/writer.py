@@ -1,0 +1,116 @@
+"""A folder that appears whole or not at all.
+
+Everything is written beside the target, brought to the disk, described by a manifest of sizes and
+SHA-256 sums, and renamed into place last: a crash, a full disk or Ctrl-C leaves what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moeq.errors import CheckpointError
+
+MANIFEST_NAME = "moeq.json"
+
+_SPARE = 64 << 20
+"""Bytes asked for beyond what the weights take: config, tokenizer, headers."""
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A folder to write into; what is in it is at `target` once the block ends well.
+
+    Args:
+        target: that does not exist yet, or is an empty folder.
+        nbytes: that will be written, about.
+
+    Raises:
+        CheckpointError: the target exists, cannot be made, or its disk is too small.
+    """
+    target = target.expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists", hint="name a new folder, or remove this one")
+    staging = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < nbytes + _SPARE:
+            raise CheckpointError(
+                f"{target.parent}: {free / 1e9:.1f} GB free,"
+                f" {(nbytes + _SPARE) / 1e9:.1f} GB needed"
+            )
+        staging.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{target}: {error.strerror}") from error
+    try:
+        yield staging
+        _finish(staging)
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def check_manifest(folder: Path) -> None:
+    """That every file of a folder that moeq wrote is there, and as long as it was.
+
+    Raises:
+        CheckpointError: a file is missing or has another size.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        return
+    try:
+        files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a manifest of moeq ({error!r})") from None
+    for name, size in sizes.items():
+        if name.endswith(".safetensors"):
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                raise CheckpointError(
+                    f"{folder / name}: {found} bytes, expected {size}"
+                    if found is not None
+                    else f"{folder / name}: missing, though {MANIFEST_NAME} lists it",
+                    hint="the copy is incomplete; copy it again",
+                )
+
+
+def _finish(folder: Path) -> None:
+    """Modes by umask, a manifest, and everything on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {}
+    for path in files:
+        path.chmod(0o666 & ~umask)
+        with open(path, "rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            os.fsync(handle.fileno())
+        name = path.relative_to(folder).as_posix()
+        entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    manifest = folder / MANIFEST_NAME
+    with open(manifest, "w", encoding="utf-8") as text:
+        json.dump({"files": entries}, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""`moeq.save`: a quantized model into a folder that loads without quantizing again.
+
+Weights lie in files that transformers finds only when it is told of them (`variant="moeq"`): who
+opens the folder without moeq gets an error, and not codes for weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moeq.checkpoint.headers import VARIANT
+from moeq.checkpoint.writer import new_folder
+from moeq.engines.transformers import MoeqHfQuantizer, saving
+from moeq.errors import ModelError
+
+_BESIDE = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""What else belongs to a model, taken along from where it was loaded."""
+
+
+def save(model: Any, folder: str | Path, *, max_shard_size: str | int = "5GB") -> None:
+    """Write a model that moeq quantized.
+
+    Args:
+        model: that moeq loaded.
+        folder: new, or empty. It appears once it is whole. The tokenizer comes along if the model
+            was loaded from a folder.
+        max_shard_size: of a weight file.
+
+    Raises:
+        ModelError: moeq did not quantize the model.
+        CheckpointError: the folder exists, or its disk is too small.
+    """
+    if not isinstance(getattr(model, "hf_quantizer", None), MoeqHfQuantizer):
+        raise ModelError("the model was not quantized by moeq while it loaded")
+    target = Path(folder)
+    nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with new_folder(target, nbytes) as staging:
+        with saving():
+            model.save_pretrained(staging, variant=VARIANT, max_shard_size=max_shard_size)
+        source = Path(str(getattr(model, "name_or_path", "")))
+        for pattern in _BESIDE if source.is_dir() else ():
+            for path in source.glob(pattern):
+                if path.is_file() and not (staging / path.name).exists():
+                    shutil.copyfile(path, staging / path.name)
