@@ -37,9 +37,9 @@ WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_MIN = torch.finfo(torch.float32).tiny
 """2^-126, the smallest normal fp32: below it a quotient loses bits or overflows."""
 
-_CHUNK = {"cpu": 1 << 15}
+_CHUNK = {"cpu": 1 << 18}
 """Elements worked on at a time, by device type, in whole rows or rows of blocks: on a CPU, what a
-core's cache holds in fp32."""
+core's second cache holds in fp32; with less, threads wait for Python's lock between operators."""
 
 _CHUNK_ELSEWHERE = 1 << 24
 
@@ -61,12 +61,12 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
         return torch.stack([amax(w, granularity) for w in weight])
     pieces = []
     for rows in _row_chunks(weight, granularity):
-        magnitude = weight[rows].abs()
+        magnitude = _magnitude(weight[rows])
         if granularity is Granularity.BLOCK:
             pieces.append(_block_max(_block_max(magnitude, dim=-1), dim=-2))
         else:
             pieces.append(magnitude.amax(-1))
-    whole = torch.cat(pieces).float()
+    whole = torch.cat(pieces).view(weight.dtype).float()
     return whole.amax(-1) if granularity is Granularity.TENSOR else whole
 
 
@@ -113,7 +113,7 @@ def quantize(
     k = weight.shape[1]
     for rows in _row_chunks(weight, granularity):
         quotient = weight[rows].float() / _expand(scale, granularity, rows, k)
-        out[rows] = _encode(quotient, dtype)
+        out[rows].copy_(_within_range(quotient, dtype))
     return out
 
 
@@ -162,10 +162,10 @@ def quantize_activations(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, 
     dtype = scheme.weight_dtype
     if scheme.granularity is not Granularity.BLOCK:
         scale = scale_from_amax(x.abs().amax(-1), dtype)[:, None]
-        return _encode(x.float() / scale, dtype), scale
+        return _within_range(x.float() / scale, dtype).to(dtype), scale
     scale = scale_from_amax(_block_max(x.abs(), dim=-1).float(), dtype)
     per_column = scale.repeat_interleave(BLOCK, dim=-1)[:, : x.shape[-1]]
-    return _encode(x.float() / per_column, dtype), scale
+    return _within_range(x.float() / per_column, dtype).to(dtype), scale
 
 
 def check_finite(weight: Tensor, amax: Tensor, name: str) -> None:
@@ -190,12 +190,22 @@ def check_finite(weight: Tensor, amax: Tensor, name: str) -> None:
     )
 
 
-def _encode(quotient: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 quotients to codes, in place where it can. The clamp catches quotients that fp32
-    rounded past qmax, and those of weights above an amax that other ranks agreed on."""
+def _within_range(quotient: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 quotients as numbers that codes of `dtype` can be, in place. The clamp catches quotients
+    that fp32 rounded past qmax, and those of weights above an amax that other ranks agreed on."""
     if dtype == torch.int8:
         quotient.round_()
-    return quotient.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
+    return quotient.clamp_(-QMAX[dtype], QMAX[dtype])
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _magnitude(values: Tensor) -> Tensor:
+    """|values| as integers of the same bits: ordered as they are, NaN above all, and compared three
+    times as fast as bf16."""
+    bits = _BITS[values.dtype.itemsize]
+    return values.view(bits) & torch.iinfo(bits).max
 
 
 def _row_chunks(weight: Tensor, granularity: Granularity) -> Iterator[slice]:
