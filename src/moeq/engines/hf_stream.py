@@ -41,8 +41,14 @@ Method = OnlineMoEMethodBase | OnlineLinearMethod
 _WINDOW = 1 << 30
 """Bytes of buffers at most, on the host and on a GPU each."""
 
-_GPU_WORKERS = 16
-"""Threads that keep a GPU's copy engine and 16 cores of a server busy."""
+_MOST_WORKERS = 16
+"""Threads that keep a GPU's copy engine, or 16 cores of a server, busy."""
+
+_QUANTIZING = 6 << 20
+"""Bytes that a worker on a CPU needs to quantize a matrix, see `moeq.quantize._CHUNK`."""
+
+_BOOKKEEPING = 2700
+"""Bytes that a tensor of a checkpoint costs in names, headers and plans, measured for 18,000."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,15 @@ class LayerStream:
         total = sum(piece.nbytes for piece in self._pieces)
         self._chunks = chunks_of(self._pieces, min(CHUNK_BYTES, max(1 << 20, total // 64)))
         largest = max((chunk.nbytes for chunk in self._chunks), default=0)
-        each = 2 * largest  # a GPU's worker has two; a CPU's may hold a transposed or waiting copy
+        on_gpu = device.type == "cuda"
+        piece = max((piece.nbytes for piece in self._pieces), default=0)
+        # A GPU's worker has two buffers; a CPU's a transposed and a waiting copy, and temporaries
+        each = 2 * largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
         limit = min(_WINDOW, available_bytes() // 4)
-        wanted = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
-        self.workers = max(1, min(max(2, wanted), _GPU_WORKERS, limit // max(each, 1)))
-        self.window_bytes = self.workers * each
+        # Some wait for the disk while others quantize
+        wanted = os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2
+        self.workers = max(1, min(wanted, _MOST_WORKERS, limit // max(each, 1)))
+        self.window_bytes = self.workers * each + _BOOKKEEPING * len(self._pieces)
 
     def run(self, on_bytes: Callable[[int], None]) -> None:
         """Take the memory of the final weights, then fill it.
