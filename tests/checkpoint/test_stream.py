@@ -274,6 +274,26 @@ def test_files_are_closed(tmp_path: Path) -> None:
     assert not [link for link in links if str(tmp_path) in str(link.readlink())]
 
 
+def test_operators_have_as_many_threads_afterwards(tmp_path: Path) -> None:
+    specs = saved(tmp_path, {"it": random(torch.int8, 100)})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inside: list[int] = []
+        stream(
+            chunks_of([whole(specs["it"], None)]),
+            lambda chunk, buffer: inside.append(torch.get_num_threads()),
+            workers=1,
+        )
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (inside, later, torch.get_num_threads()) == ([1], [3], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_nothing_to_read_is_no_error() -> None:
     stream([], Collect(), workers=4)
     assert streaming.chunks_of([]) == []

@@ -195,6 +195,7 @@ def stream(
         finally:
             files.close()
 
+    operator_threads = torch.get_num_threads()
     count = max(1, min(workers, len(chunks)))
     threads = [threading.Thread(target=work, name="moeq-read", daemon=True) for _ in range(count)]
     try:
@@ -208,6 +209,7 @@ def stream(
         for thread in threads:
             if thread.ident is not None:
                 thread.join(1.5)
+        torch.set_num_threads(operator_threads)  # threads to come would start with the workers' one
     if failed:
         raise failed[0]
 
