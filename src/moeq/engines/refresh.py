@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from moeq.checkpoint.headers import FileStamp, TensorSpec
 from moeq.config import OnlineQuantizationConfig
-from moeq.engines.hf_routes import Router, check_rest, fed_by, original_names, source_of
+from moeq.engines.hf_router import Router, fed_by, source_of
+from moeq.engines.hf_routes import check_rest, original_names
 from moeq.engines.hf_stream import Arrival, Method, arrivals_of
 from moeq.engines.hf_structure import Target, find_targets
 from moeq.errors import ModelError, MoeqError, RefreshError
