@@ -46,12 +46,13 @@ def test_the_example_runs() -> None:
     assert python(example.read_text(encoding="utf-8")).count("refreshed 57 tensors") == 3
 
 
-def test_commands_of_the_command_line_run() -> None:
+def test_commands_of_the_command_line_run(tmp_path: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("moeq ")]
     assert len(lines) > 2
     for line in lines:
-        _, *words = shlex.split(line.replace("MODEL", str(model_folder())))
+        line = line.replace("MODEL", str(model_folder())).replace("FOLDER", str(tmp_path / "out"))
+        _, *words = shlex.split(line)
         if words == ["demo"]:
             continue  # tests/cli runs it
         result = subprocess.run(

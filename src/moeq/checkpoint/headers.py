@@ -28,8 +28,8 @@ SINGLE_NAME = "model.safetensors"
 VARIANT = "moeq"
 """How transformers calls files of weights that it should not take by itself."""
 
-_QUANTIZED_INDEX = f"model.safetensors.index.{VARIANT}.json"
-_QUANTIZED_SINGLE = f"model.{VARIANT}.safetensors"
+QUANTIZED_INDEX = f"model.safetensors.index.{VARIANT}.json"
+QUANTIZED_SINGLE = f"model.{VARIANT}.safetensors"
 
 _MAX_HEADER = 100 << 20
 """The format's own limit for the JSON header, in bytes."""
@@ -104,7 +104,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
                     f"{file.name}: tensor {spec.name!r} is also in {specs[spec.name].file.name}"
                 )
             specs[spec.name] = spec
-    for name in (INDEX_NAME, _QUANTIZED_INDEX):
+    for name in (INDEX_NAME, QUANTIZED_INDEX):
         index = files[0].parent / name
         if len(files) > 1 and index.exists():
             _check_index(index, specs)
@@ -124,7 +124,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: no config.json", hint="a model folder holds config.json and *.safetensors"
         )
-    names = ((SINGLE_NAME, INDEX_NAME), (_QUANTIZED_SINGLE, _QUANTIZED_INDEX))
+    names = ((SINGLE_NAME, INDEX_NAME), (QUANTIZED_SINGLE, QUANTIZED_INDEX))
     for single, index_name in names:
         if (folder / single).is_file():  # where both are, transformers takes this one
             return [folder / single]

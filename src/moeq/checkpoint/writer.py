@@ -9,15 +9,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from moeq.checkpoint.headers import DTYPES
 from moeq.errors import CheckpointError
 
 MANIFEST_NAME = "moeq.json"
+
+_ALIGNMENT = 64
+"""Bytes, of where a file's data starts: a cache line."""
 
 _SPARE = 64 << 20
 """Bytes asked for beyond what the weights take: config, tokenizer, headers."""
@@ -59,6 +68,50 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def map_shard(
+    path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> dict[str, Tensor]:
+    """Make a safetensors file of its final size; its tensors are mapped and can be written.
+
+    What is written goes to the file and not to memory of this process.
+
+    Args:
+        path: of a new file.
+        entries: name -> dtype and shape.
+
+    Returns:
+        Name -> tensor over the file.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # The widest first, so that every tensor starts at a multiple of its elements' size
+    order = sorted(entries, key=lambda name: -entries[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name in order:
+        dtype, shape = entries[name]
+        places[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": names[dtype],
+            "shape": list(shape),
+            "data_offsets": [places[name], end],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
+    start = 8 + len(raw)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        if end:
+            os.posix_fallocate(file.fileno(), start, end)  # a full disk shows here
+    whole = torch.from_file(str(path), shared=True, size=start + end, dtype=torch.uint8)
+    tensors = {}
+    for name, place in places.items():
+        dtype, shape = entries[name]
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensors[name] = whole[start + place : start + place + nbytes].view(dtype).view(shape)
+    return tensors
 
 
 def check_manifest(folder: Path) -> None:

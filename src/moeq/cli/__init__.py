@@ -18,6 +18,7 @@ from moeq.cli.backends import backends
 from moeq.cli.demo import demo
 from moeq.cli.generate import generate
 from moeq.cli.plan import plan
+from moeq.cli.quantize import quantize
 from moeq.errors import MoeqError
 
 
@@ -30,7 +31,7 @@ def cli() -> None:
     """Quantize Mixture-of-Experts models while they load."""
 
 
-for _command in (demo, plan, generate, backends):
+for _command in (demo, plan, generate, quantize, backends):
     cli.add_command(_command)
 
 

@@ -28,6 +28,7 @@ from moeq.checkpoint.stream import (
     rows,
     whole,
 )
+from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision
 from moeq.engines.hf_structure import Target, expert_matrices
 from moeq.memory import available_bytes
@@ -76,6 +77,8 @@ class LayerStream:
         decision: which tensors go where.
         methods: by the layer's name; filled in before `run`.
         device: where everything ends up.
+        kept: further tensors, by a name under which `tensors` has their place; where absent, for a
+            GPU those that no conversion touches.
     """
 
     def __init__(
@@ -84,13 +87,16 @@ class LayerStream:
         decision: Decision,
         methods: Mapping[str, Method],
         device: torch.device,
+        kept: Mapping[str, TensorSpec] | None = None,
     ) -> None:
         self._methods = methods
         self._device = device
         self._targets = decision.targets
         self._launching = threading.Lock()
         self._state = model.state_dict()
-        self.kept = decision.routes.plain if streams_kept(device) else {}
+        if kept is None:
+            kept = decision.routes.plain if streams_kept(device) else {}
+        self.kept = kept
         self.tensors: dict[str, Tensor] = {}
         sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
         self._modules = {target.shape.name: target.module for target in self._targets}
@@ -120,8 +126,9 @@ class LayerStream:
             if isinstance(method, OnlineMoEMethodBase):
                 method.materialize(target.module, self._device)
         for name, spec in self.kept.items():
-            dtype = self._state[name].dtype
-            self.tensors[name] = torch.empty(spec.shape, dtype=dtype, device=self._device)
+            if name not in self.tensors:
+                dtype = self._state[name].dtype
+                self.tensors[name] = torch.empty(spec.shape, dtype=dtype, device=self._device)
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self._device)  # that memory may have been another stream's
@@ -181,6 +188,39 @@ class LayerStream:
 
 Arrival = tuple[int, Any, Tensor, str]
 """Expert, projection, matrix or bias, name for messages: as the methods' `load`s take them."""
+
+
+def create_method(
+    config: OnlineQuantizationConfig, target: Target, dtype: torch.dtype
+) -> OnlineMoEMethodBase | OnlineLinearMethod:
+    """The method of a layer, which has registered the quantized parameters on the meta device.
+
+    Args:
+        config: which scheme the layer gets.
+        target: the layer.
+        dtype: of activations and biases.
+    """
+    shape = target.shape
+    method = config.get_quant_method(shape.name, shape.kind)
+    assert method is not None
+    if isinstance(method, OnlineLinearMethod):
+        method.create_weights(
+            target.module,
+            in_features=shape.hidden_size,
+            out_features=shape.intermediate_size,
+            dtype=dtype,
+        )
+    else:
+        method.create_weights(
+            target.module,
+            num_experts=shape.num_experts,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            is_gated=shape.is_gated,
+            has_bias=shape.has_bias,
+            dtype=dtype,
+        )
+    return method
 
 
 def streams_kept(device: torch.device) -> bool:

@@ -53,7 +53,13 @@ def save(model: Any, folder: str | Path, *, max_shard_size: str | int = "5GB") -
         with saving():
             model.save_pretrained(staging, variant=VARIANT, max_shard_size=max_shard_size)
         source = Path(str(getattr(model, "name_or_path", "")))
-        for pattern in _BESIDE if source.is_dir() else ():
-            for path in source.glob(pattern):
-                if path.is_file() and not (staging / path.name).exists():
-                    shutil.copyfile(path, staging / path.name)
+        if source.is_dir():
+            copy_beside(source, staging)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Take a model folder's tokenizer and processors along."""
+    for pattern in _BESIDE:
+        for path in source.glob(pattern):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)

@@ -35,7 +35,7 @@ from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
 from moeq.engines.hf_routes import Routes, decide, quantized_names, saved_plans
-from moeq.engines.hf_stream import LayerStream, load_plan, saved_plan
+from moeq.engines.hf_stream import LayerStream, create_method, load_plan, saved_plan
 from moeq.engines.hf_structure import Target, activation_of, find_targets
 from moeq.errors import CheckpointError, ModelError
 from moeq.memory import PeakMemory
@@ -250,29 +250,12 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._progress(self._read_bytes, self.plan.checkpoint_bytes)
 
     def _create_weights(self, target: Target) -> None:
-        shape = target.shape
-        method = self.quantization_config.get_quant_method(shape.name, shape.kind)
-        assert method is not None
-        self._methods[shape.name] = method
+        method = create_method(self.quantization_config, target, self._dtype)
+        self._methods[target.shape.name] = method
         if isinstance(method, OnlineLinearMethod):
-            method.create_weights(
-                target.module,
-                in_features=shape.hidden_size,
-                out_features=shape.intermediate_size,
-                dtype=self._dtype,
-            )
             method.select_backend(self._device)
-            return
-        method.create_weights(
-            target.module,
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            is_gated=shape.is_gated,
-            has_bias=shape.has_bias,
-            dtype=self._dtype,
-        )
-        method.select_backend(self._device, activation_of(target.module)[0])
+        else:
+            method.select_backend(self._device, activation_of(target.module)[0])
 
     def _finish_structure(self, target: Target) -> None:
         """Drop the original parameters and give the module its quantized class."""

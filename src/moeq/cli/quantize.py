@@ -1,0 +1,71 @@
+"""`moeq quantize`: a checkpoint into a quantized one, in the memory of a window."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+_EPILOG = """\b
+Examples:
+  moeq quantize Qwen/Qwen3-30B-A3B -q int8_per_channel_weight_only --out qwen3-int8
+  moeq quantize ./model -q fp8_per_block --linear none --out ./model-fp8
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("model")
+@click.option("--quantization", "-q", help="A scheme for every kind of layer that it covers.")
+@click.option("--moe", help='A scheme for experts, or "none".')
+@click.option("--linear", help='A scheme for linear layers, or "none".')
+@click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex.")
+@click.option("--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quantize(
+    model: str,
+    quantization: str | None,
+    moe: str | None,
+    linear: str | None,
+    ignore: tuple[str, ...],
+    targets: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL into the folder --out, which loads at once and bit for bit as MODEL would.
+
+    Needs memory for a few chunks and not for the model. The folder appears once it is whole.
+    """
+    from moeq.cli.generate import quantization_config, quiet_transformers
+    from moeq.cli.progress import bytes_bar
+    from moeq.engines.offline import quantize_checkpoint
+    from moeq.errors import ConfigError
+    from moeq.report import size
+
+    config = quantization_config(quantization, moe, linear, ignore, targets)
+    if config is None:
+        raise ConfigError("no scheme is named", hint="add --quantization NAME")
+    quiet_transformers()
+    started = time.perf_counter()
+    with bytes_bar(f"quantizing {Path(model).name}") as progress:
+        plan = quantize_checkpoint(model, config, out, progress=progress)
+    seconds = time.perf_counter() - started
+    if as_json:
+        result = {
+            "model": model,
+            "out": str(out),
+            "quantization": config.to_dict(),
+            "bytes_before": plan.checkpoint_bytes,
+            "bytes_after": plan.final_bytes,
+            "coverage": plan.coverage,
+            "kept": plan.kept,
+            "seconds": seconds,
+        }
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(
+        f"{out}: {size(plan.checkpoint_bytes)} -> {size(plan.final_bytes)}"
+        f" ({plan.coverage:.0%} of expert weights quantized) in {seconds:.1f} s"
+    )

@@ -1,0 +1,119 @@
+"""`quantize_checkpoint`: the folder that loading and saving would give, without the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import moeq
+from moeq import OnlineQuantizationConfig
+from moeq.cli import cli
+from moeq.embedded import model_folder
+from moeq.engines.offline import quantize_checkpoint
+from moeq.errors import CheckpointError, ConfigError, NonFiniteError
+from moeq.schemes import OnlineQuantScheme
+from tests.engines.models import ARCHITECTURES, Architecture
+from tests.engines.test_running import write_large_checkpoint
+from tests.engines.tools import EXPERT_WEIGHT, EXPERTS, FP8, INT8, assert_same_state, load, rewrite
+
+Save = Callable[[Architecture], Path]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda row: row.name)
+def test_it_is_what_loading_gives(architecture: Architecture, fused: bool, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    architecture.make().to(torch.bfloat16).save_pretrained(source, save_original_format=not fused)
+    expected = load(source, architecture, INT8)
+    quantize_checkpoint(source, OnlineQuantizationConfig(INT8), tmp_path / "out")
+    found = architecture.model_class.from_pretrained(tmp_path / "out", variant="moeq")
+    assert_same_state(found, expected)
+
+
+@pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
+def test_every_scheme_and_shards(scheme: OnlineQuantScheme, tmp_path: Path) -> None:
+    expected = moeq.load(model_folder(), scheme.value)
+    seen: list[tuple[int, int]] = []
+    for shard_bytes in (10**9, 3 * 10**6):
+        out = tmp_path / str(shard_bytes)
+        quantize_checkpoint(
+            model_folder(),
+            OnlineQuantizationConfig(scheme),
+            out,
+            shard_bytes=shard_bytes,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        assert (len(list(out.glob("*.safetensors"))) == 1) == (shard_bytes == 10**9)
+        assert_same_state(moeq.load(out), expected)
+        assert seen[-1][0] == seen[-1][1]
+
+
+def test_what_is_left_alone(qwen: Path, tmp_path: Path) -> None:
+    config = OnlineQuantizationConfig(FP8, ignore=[EXPERTS])
+    quantize_checkpoint(qwen, config, tmp_path / "out")
+    assert_same_state(moeq.load(tmp_path / "out"), load(qwen, scheme=FP8, ignore=[EXPERTS]))
+
+
+def test_bad_weights_leave_nothing(qwen: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT_WEIGHT].view(-1)[3] = float("nan")
+
+    rewrite(qwen, damage)
+    with pytest.raises(NonFiniteError, match=EXPERT_WEIGHT):
+        quantize_checkpoint(qwen, OnlineQuantizationConfig(INT8), tmp_path / "sub" / "out")
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_what_is_quantized_already(qwen: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(qwen, OnlineQuantizationConfig(INT8), tmp_path / "out")
+    with pytest.raises(ConfigError, match="already quantized by moeq"):
+        quantize_checkpoint(tmp_path / "out", OnlineQuantizationConfig(INT8), tmp_path / "again")
+    with pytest.raises(CheckpointError, match="out: exists"):
+        quantize_checkpoint(qwen, OnlineQuantizationConfig(INT8), tmp_path / "out")
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", str(model_folder()), "-q", FP8, "--out", str(out)]
+    result = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["coverage"] == 1.0
+    assert told["bytes_after"] < told["bytes_before"]
+    assert sum(f.stat().st_size for f in out.glob("*.safetensors")) >= told["bytes_after"]
+    assert moeq.report_of(moeq.load(out)).total_bytes_after == told["bytes_after"]
+
+
+_MEASURE = """
+import sys, torch
+from moeq import OnlineQuantizationConfig
+from moeq.engines.offline import quantize_checkpoint
+from moeq.memory import PeakMemory
+
+torch.set_num_threads(1)
+with PeakMemory() as memory:
+    quantize_checkpoint(sys.argv[1], OnlineQuantizationConfig(sys.argv[2]), sys.argv[3])
+print(memory.peak_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure with")
+def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
+    """302 MB of experts in bf16 become 151 MB that this process never holds."""
+    write_large_checkpoint(tmp_path / "source", fused=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(tmp_path / "source"), INT8, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 110e6
