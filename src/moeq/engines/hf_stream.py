@@ -48,6 +48,9 @@ _MOST_WORKERS = 16
 _QUANTIZING = 6 << 20
 """Bytes that a worker on a CPU needs to quantize a matrix, see `moeq.quantize._CHUNK`."""
 
+_MODEL = 1 << 20
+"""Bytes of a model's Python objects, threads and whatever else does not grow."""
+
 _BOOKKEEPING = 2700
 """Bytes that a tensor of a checkpoint costs in names, headers and plans, measured for 18,000."""
 
@@ -109,11 +112,12 @@ class LayerStream:
         piece = max((piece.nbytes for piece in self._pieces), default=0)
         # A GPU's worker has two buffers; a CPU's a transposed and a waiting copy, and temporaries
         each = 2 * largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
-        limit = min(_WINDOW, available_bytes() // 4)
+        # A small checkpoint is read in no time, and a window would be most of what it takes
+        limit = min(_WINDOW, available_bytes() // 4, total // 8)
         # Some wait for the disk while others quantize
         wanted = os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2
         self.workers = max(1, min(wanted, _MOST_WORKERS, limit // max(each, 1)))
-        self.window_bytes = self.workers * each + _BOOKKEEPING * len(self._pieces)
+        self.window_bytes = self.workers * each + _BOOKKEEPING * len(self._pieces) + _MODEL
 
     def run(self, on_bytes: Callable[[int], None]) -> None:
         """Take the memory of the final weights, then fill it.
