@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COMPILE_FROM_TOKENS = 1024
 """16 layers of Qwen3-30B's size took 34 s to compile and 3.6 ms a token after that, on an H100
@@ -29,13 +32,35 @@ Schemes:
 """
 
 
+def scheme_options(
+    quantization: str = "A scheme for every kind of layer that it covers.",
+) -> Callable[[Command], Command]:
+    """The options that `quantization_config` takes, for any command.
+
+    Args:
+        quantization: what --quantization means there.
+    """
+    options = (
+        click.option("--quantization", "-q", help=quantization),
+        click.option("--moe", help='A scheme for experts, or "none".'),
+        click.option("--linear", help='A scheme for linear layers, or "none".'),
+        click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex."),
+        click.option(
+            "--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers."
+        ),
+    )
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command(epilog=_EPILOG)
 @click.argument("model")
-@click.option("--quantization", "-q", help="A scheme for every kind of layer that it covers.")
-@click.option("--moe", help='A scheme for experts, or "none".')
-@click.option("--linear", help='A scheme for linear layers, or "none".')
-@click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex.")
-@click.option("--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers.")
+@scheme_options()
 @click.option("--prompt", help="Text to continue; read from stdin where absent.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")

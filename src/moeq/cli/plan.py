@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moeq.cli.generate import quantization_config, quiet_transformers, scheme_options
+
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
 
@@ -38,11 +40,7 @@ def parse_size(context: Any, option: Any, value: str | None) -> int | None:
 
 @click.command(epilog=_EPILOG)
 @click.argument("model")
-@click.option("--quantization", "-q", help="One scheme; all of them where absent.")
-@click.option("--moe", help='A scheme for experts, or "none".')
-@click.option("--linear", help='A scheme for linear layers, or "none".')
-@click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex.")
-@click.option("--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers.")
+@scheme_options("One scheme; all of them where absent.")
 @click.option(
     "--context",
     type=click.IntRange(1),
@@ -73,7 +71,6 @@ def plan(
     Reads config.json and the headers of the weights; of a model on the Hugging Face hub nothing
     else is downloaded.
     """
-    from moeq.cli.generate import quantization_config
     from moeq.config import OnlineQuantizationConfig
     from moeq.schemes import OnlineQuantScheme
 
@@ -99,7 +96,6 @@ def make_plan(
     from moeq.checkpoint.headers import checkpoint_files, read_headers
     from moeq.checkpoint.hub import is_hub_id, remote_headers, resolve_model
     from moeq.checkpoint.probe import read_rate
-    from moeq.cli.generate import quiet_transformers
     from moeq.engines.load import check_config, check_folder
     from moeq.engines.planning import cache_bytes, empty_model, plan_load
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from moeq.cli.generate import quantization_config, quiet_transformers, scheme_options
+
 _EPILOG = """\b
 Examples:
   moeq quantize Qwen/Qwen3-30B-A3B -q int8_per_channel_weight_only --out qwen3-int8
@@ -17,11 +19,7 @@ Examples:
 
 @click.command(epilog=_EPILOG)
 @click.argument("model")
-@click.option("--quantization", "-q", help="A scheme for every kind of layer that it covers.")
-@click.option("--moe", help='A scheme for experts, or "none".')
-@click.option("--linear", help='A scheme for linear layers, or "none".')
-@click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex.")
-@click.option("--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers.")
+@scheme_options()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
@@ -38,7 +36,6 @@ def quantize(
 
     Needs memory for a few chunks and not for the model. The folder appears once it is whole.
     """
-    from moeq.cli.generate import quantization_config, quiet_transformers
     from moeq.cli.progress import bytes_bar
     from moeq.engines.offline import quantize_checkpoint
     from moeq.errors import ConfigError

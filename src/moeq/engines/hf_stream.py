@@ -32,7 +32,7 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision
 from moeq.engines.hf_structure import Target, expert_matrices
 from moeq.memory import available_bytes
-from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.base import OnlineMoEMethodBase, has_finite_scales
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import LayerPlan, LoadPlan, Source
 from moeq.quantize import check_finite
@@ -181,8 +181,7 @@ class LayerStream:
         """On a GPU nobody waited to see whether scales are numbers. Where one is not, the layer's
         tensors are read again, to name the one and the place."""
         for target in self._targets:
-            scales = [p for name, p in target.module.named_parameters() if name.endswith("_scale")]
-            if all(bool(torch.isfinite(scale).all()) for scale in scales):
+            if has_finite_scales(target.module):
                 continue
             for piece in self._pieces:
                 if isinstance(piece.key, _Quantized) and piece.key.target is target:

@@ -28,11 +28,11 @@ from moeq.checkpoint.headers import (
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
-from moeq.engines.hf_routes import Decision, decide, quantized_names
+from moeq.engines.hf_routes import Decision, quantized_names
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan
-from moeq.engines.hf_structure import Target, find_targets
+from moeq.engines.hf_structure import Target
 from moeq.engines.load import check_folder
-from moeq.engines.planning import empty_model
+from moeq.engines.planning import decision_for, empty_model
 from moeq.engines.save import copy_beside
 from moeq.errors import ConfigError
 from moeq.methods.base import parameter
@@ -71,7 +71,7 @@ def quantize_checkpoint(
         raise ConfigError(f"{folder} is already quantized by moeq")
     specs = read_headers(checkpoint_files(folder))
     empty = empty_model(folder)
-    decision = _decide(empty, config, specs)
+    decision = decision_for(empty, specs, config)
     plan = load_plan(empty, decision, specs, LayerStream(empty, decision, {}, _CPU))
     read = 0
 
@@ -107,9 +107,8 @@ def quantize_checkpoint(
             stream = LayerStream(empty, _part(decision, targets), methods, _CPU, kept)
             stream.tensors.update({spec: tensors[spec] for spec in kept})
             stream.run(advance)
-            for target, own in ours:
-                meta = ours[target, own]
-                setattr(target.module, own, nn.Parameter(meta, requires_grad=False))
+            for (target, own), meta in ours.items():
+                setattr(target.module, own, meta)
             weight_map.update(dict.fromkeys(layout, name))
         if len(shards) > 1:
             total = sum((staging / name).stat().st_size for name in set(weight_map.values()))
@@ -122,15 +121,6 @@ def quantize_checkpoint(
             shutil.copyfile(folder / "generation_config.json", staging / "generation_config.json")
         copy_beside(folder, staging)
     return plan
-
-
-def _decide(
-    empty: Any, config: OnlineQuantizationConfig, specs: Mapping[str, TensorSpec]
-) -> Decision:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    conversions = get_model_conversion_mapping(empty)
-    return decide(empty, config, find_targets(empty, config), specs, conversions)
 
 
 _Shard = tuple[list[Target], dict[str, TensorSpec]]

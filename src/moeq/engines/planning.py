@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
-from moeq.engines.hf_routes import decide
+from moeq.engines.hf_routes import Decision, decide
 from moeq.engines.hf_stream import LayerStream, load_plan
 from moeq.engines.hf_structure import find_targets
 from moeq.engines.load import model_class
@@ -39,6 +39,16 @@ def empty_model(folder: Path) -> Any:
         return kind._from_config(config, dtype=dtype)
 
 
+def decision_for(
+    model: Any, specs: Mapping[str, TensorSpec], config: OnlineQuantizationConfig
+) -> Decision:
+    """What loading `model` under `config` would decide; arguments and errors as of `plan_load`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = get_model_conversion_mapping(model)
+    return decide(model, config, find_targets(model, config), specs, conversions)
+
+
 def plan_load(
     model: Any,
     specs: Mapping[str, TensorSpec],
@@ -56,10 +66,7 @@ def plan_load(
     Raises:
         MoeqError: as a load would, before it reads.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    conversions = get_model_conversion_mapping(model)
-    decision = decide(model, config, find_targets(model, config), specs, conversions)
+    decision = decision_for(model, specs, config)
     streams = (LayerStream(model, decision, {}, device) for device in devices)
     return [load_plan(model, decision, specs, stream) for stream in streams]
 

@@ -28,7 +28,7 @@ from moeq.engines.hf_routes import check_rest, original_names
 from moeq.engines.hf_stream import Arrival, Method, arrivals_of
 from moeq.engines.hf_structure import Target, find_targets
 from moeq.errors import ModelError, MoeqError, RefreshError
-from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.base import OnlineMoEMethodBase, has_finite_scales
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import Source, check_source
 
@@ -229,9 +229,8 @@ class _Refresh:
         )
         check_rest(self._table.original, self._fed | set(names))
         for name, module in self._modules.items():
-            for scale, values in module.named_parameters(recurse=False):
-                if scale.endswith("_scale") and not bool(torch.isfinite(values).all()):
-                    raise RefreshError(f"{name}: NaN or Inf among the new weights")
+            if not has_finite_scales(module):
+                raise RefreshError(f"{name}: NaN or Inf among the new weights")
 
 
 def method_device(module: nn.Module) -> torch.device:

@@ -382,6 +382,12 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
     return found
 
 
+def has_finite_scales(layer: nn.Module) -> bool:
+    """Whether a GPU met neither NaN nor Inf in what it quantized into a layer."""
+    scales = [p for name, p in layer.named_parameters(recurse=False) if name.endswith("_scale")]
+    return all(bool(torch.isfinite(scale).all()) for scale in scales)
+
+
 def check_scale(scale: Tensor, name: str) -> None:
     """Scales are positive and finite; others are damage, and would be wrong numbers later."""
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
