@@ -27,7 +27,7 @@ LAYER_GB = 1.2
 """Of one layer: 128 experts of 3 x 2048 x 768 in bf16."""
 
 
-def make(folder: Path, gb: float) -> None:
+def make(folder: Path, gb: float, device: str, experts: int = 128) -> None:
     """A Qwen3-MoE checkpoint of about `gb` 10^9 bytes, one layer in memory at a time."""
     from safetensors.torch import save_file
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -35,7 +35,7 @@ def make(folder: Path, gb: float) -> None:
     layers = max(1, round(gb / LAYER_GB))
     config = Qwen3MoeConfig(
         vocab_size=8192, hidden_size=2048, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        num_key_value_heads=4, head_dim=128, num_experts=experts, num_experts_per_tok=8,
         moe_intermediate_size=768, intermediate_size=6144, norm_topk_prob=True,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def make(folder: Path, gb: float) -> None:
     for index, group in enumerate(groups.values()):
         file = f"model-{index:05}.safetensors"
         tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+            name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02).cpu()
             for name, shape in group.items()
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -80,46 +80,91 @@ def drop_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(what: str, folder: Path, device: str) -> dict[str, Any]:
-    """One run, in this process: seconds and peak bytes."""
+def read(folder: Path, device: torch.device) -> float:
+    """Seconds of reading the tensors and doing nothing with them: by the threads of a load, into
+    its buffers, which are page-locked before the clock starts if they are."""
     from moeq.checkpoint.headers import checkpoint_files, read_headers
+    from moeq.checkpoint.ring import Ring, feed
+    from moeq.checkpoint.stream import chunks_of, stream, whole
+
+    specs = read_headers(checkpoint_files(folder))
+    workers = min(16, os.cpu_count() or 1)
+    pieces = [whole(spec, None) for spec in specs.values()]
+    if device.type != "cuda":
+        chunks = chunks_of(pieces)
+        started = time.perf_counter()
+        stream(chunks, lambda chunk, buffer: None, workers=workers)
+        return time.perf_counter() - started
+    chunks = chunks_of(pieces, 32 << 20)
+    ring = Ring(8, max(chunk.nbytes for chunk in chunks))
+    while ring.free.qsize() < 8:
+        time.sleep(0.01)
+    event = torch.cuda.current_stream().record_event()
+    started = time.perf_counter()
+    feed(ring, chunks, lambda chunk, buffer: event, readers=workers)
+    return time.perf_counter() - started
+
+
+def measure(what: str, folder: Path, small: Path, device: str) -> dict[str, Any]:
+    """One run, in this process: seconds and peak bytes. A small model is loaded before: imports
+    and the compilation of kernels are not part of loading."""
     from moeq.memory import PeakMemory
 
     where = torch.device(device)
     if where.type == "cuda":
         torch.zeros(1, device=where)  # the context is not part of loading
     if what == "read":
-        from moeq.checkpoint.stream import chunks_of, stream, whole
-
-        specs = read_headers(checkpoint_files(folder))
-        chunks = chunks_of(whole(spec, None) for spec in specs.values())
-        started = time.perf_counter()
-        workers = min(16, os.cpu_count() or 1)
-        stream(chunks, lambda chunk, buffer: None, workers=workers, pin=where.type == "cuda")
-        return {"seconds": time.perf_counter() - started, "peak": None}
+        return {"seconds": read(folder, where), "peak": None}
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from moeq import load, report_of
 
     logging.disable_progress_bar()
     if what == "bf16":
-        from transformers import AutoModelForCausalLM
-
+        AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16, device_map=device)
         started = time.perf_counter()
         with PeakMemory(where) as memory:
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
         return {"seconds": time.perf_counter() - started, "peak": memory.peak_bytes}
-    from moeq import load, report_of
-
+    load(small, what, device=device)
     started = time.perf_counter()
     model = load(folder, what, device=device)
     if where.type == "cuda":
         torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
     report = report_of(model)
     return {
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "peak": report.peak_bytes_actual,
         "planned": report.peak_bytes_planned,
         "final": report.total_bytes_after,
     }
+
+
+def measure_refresh(folder: Path, what: str, device: str) -> None:
+    """Milliseconds of a refresh of all the model's weights, which are where the model is."""
+    from safetensors.torch import load_file
+
+    from moeq import load, refresh
+
+    model = load(folder, what, device=device)
+    tensors = []
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors += load_file(file, device=device).items()
+    layers = model.config.num_hidden_layers
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        refresh(model, iter(tensors))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) * 1e3)
+    print(
+        f"refresh {what}: first {times[0]:.1f} ms, then {statistics.median(times[1:]):.2f} ms,"
+        f" {statistics.median(times[1:]) / layers:.2f} a layer ({layers} layers and embeddings,"
+        f" {len(tensors)} tensors)"
+    )
 
 
 def main() -> None:
@@ -134,16 +179,25 @@ def main() -> None:
         "--quantization", nargs="*", default=["int8_per_channel_weight_only", "fp8_per_block"]
     )
     parser.add_argument("--no-bf16", action="store_true")
+    parser.add_argument("--refresh", action="store_true", help="refreshes, and nothing else")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.folder, args.device)))
+        print(json.dumps(measure(args.one, args.folder, args.small, args.device)))
         return
     with tempfile.TemporaryDirectory() as made:
-        folder = args.folder or args.keep or Path(made)
+        folder = args.folder or args.keep or Path(made) / "checkpoint"
+        small = Path(made) / "small"
+        small.mkdir()
+        make(small, LAYER_GB, args.device, experts=8)
         if args.folder is None:
             folder.mkdir(parents=True, exist_ok=True)
-            make(folder, args.gb)
+            make(folder, args.gb, args.device)
+        if args.refresh:
+            for name in args.quantization:
+                measure_refresh(folder, name, args.device)
+            return
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         names = ["read", *args.quantization, *([] if args.no_bf16 else ["bf16"])]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -153,6 +207,7 @@ def main() -> None:
                     drop_cache(folder)
                 command = [sys.executable, __file__, "--one", name]
                 command += ["--folder", str(folder), "--device", args.device]
+                command += ["--small", str(small)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 runs[name].append(json.loads(done.stdout.splitlines()[-1]))
         read = statistics.median(run["seconds"] for run in runs["read"])

@@ -64,6 +64,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device is not None:
+            # Before the first use of CUDA there are no statistics to reset
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocated = torch.cuda.memory_allocated(self._device)
         elif self._start_bytes is not None:

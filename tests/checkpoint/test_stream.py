@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,25 +133,6 @@ def test_buffers_are_no_more_than_workers(tmp_path: Path) -> None:
     stream(chunks_of([matrix(specs["it"], i, i) for i in range(50)], 1000), use, workers=2)
     assert len(seen) <= 2
     assert {size for _, size in seen} == {1000}
-
-
-def test_a_buffer_in_use_is_not_written(tmp_path: Path) -> None:
-    """What goes on after `use` returns is waited for before its buffer is read into again."""
-    tensor = random(torch.int8, 20, 100)
-    specs = saved(tmp_path, {"it": tensor})
-    checked = []
-
-    def use(chunk: Chunk, buffer: Tensor) -> Callable[[], None]:
-        (piece,) = chunk.pieces
-
-        def finish() -> None:
-            assert same_bytes(buffer[: chunk.nbytes].view(torch.int8), tensor[piece.key])
-            checked.append(piece.key)
-
-        return finish
-
-    stream(chunks_of([matrix(specs["it"], i, i) for i in range(20)], 100), use, workers=2)
-    assert sorted(checked) == list(range(20))
 
 
 def test_a_file_that_became_shorter_names_itself_and_the_tensor(tmp_path: Path) -> None:

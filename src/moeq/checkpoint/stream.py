@@ -11,9 +11,7 @@ page at a time. Memory is workers x (the largest chunk), whatever the size of th
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeq.checkpoint.files import Files
 from moeq.checkpoint.headers import FileStamp, TensorSpec
-from moeq.errors import CheckpointError
 
 CHUNK_BYTES = 16 << 20
 """Read at once: disks and page caches are at full speed from a few MiB on, and smaller chunks
@@ -32,10 +30,6 @@ spread better over workers."""
 
 _GAP = 1 << 16
 """Bytes that nobody wants and that are read anyway, to save a request."""
-
-_TRIES = 3
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
-"""Errors of network disks that may not come again."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,23 @@ class Chunk:
     nbytes: int
     pieces: tuple[Piece, ...]
 
+    @property
+    def stamp(self) -> FileStamp:
+        """Of the file when its header was read."""
+        return self.pieces[0].spec.stamp
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Without the gaps between pieces."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def name_at(self, offset: int) -> str:
+        """The tensor that holds a byte of the file."""
+        for piece in self.pieces:
+            if offset < piece.offset + piece.nbytes:
+                return piece.spec.name
+        return self.pieces[-1].spec.name
+
     def views(self, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """Every piece as a tensor over `buffer` uint8 [>= nbytes], which holds the chunk."""
         for piece in self.pieces:
@@ -128,26 +139,19 @@ def chunks_of(pieces: Iterable[Piece], limit: int = CHUNK_BYTES) -> list[Chunk]:
     return chunks
 
 
-Use = Callable[[Chunk, Tensor], Callable[[], None] | None]
-"""Called in a worker with a chunk and a uint8 buffer that holds it. Where work goes on after it
-returns, it returns what to call before the buffer is written again."""
-
-
 def stream(
     chunks: Sequence[Chunk],
-    use: Use,
+    use: Callable[[Chunk, Tensor], None],
     *,
     workers: int,
-    pin: bool = False,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Read every chunk and have it used, by `workers` threads.
 
     Args:
         chunks: in the order in which they are begun.
-        use: see `Use`. Runs in several threads at once.
-        workers: threads; each holds a buffer, or two where `use` goes on.
-        pin: buffers are page-locked, for copies to a GPU.
+        use: called in a worker with a chunk and a uint8 buffer that holds it; in several at once.
+        workers: threads; each holds a buffer.
         on_bytes: called with the bytes of every chunk once it is used, one call at a time.
 
     Raises:
@@ -156,147 +160,107 @@ def stream(
     """
     todo = iter(chunks)
     lock = threading.Lock()
-    stop = threading.Event()
-    failed: list[BaseException] = []
 
-    def work() -> None:
-        torch.set_num_threads(1)  # per thread; operators of some microseconds gain nothing by more
-        files = _Files(stop)
-        buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-        pending: list[Callable[[], None] | None] = [None, None]
-        turn = 0
-        try:
-            while not stop.is_set():
+    def work(files: Files, stop: threading.Event) -> None:
+        buffer = torch.empty(0, dtype=torch.uint8)
+        while not stop.is_set():
+            with lock:
+                chunk = next(todo, None)
+            if chunk is None:
+                return
+            if buffer.numel() < chunk.nbytes:
+                buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
+                buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
+            window = memoryview(buffer.numpy().data)[: chunk.nbytes]
+            files.read(chunk.file, chunk.stamp, chunk.offset, window, chunk.name_at)
+            if stop.is_set():
+                return
+            use(chunk, buffer)
+            if on_bytes is not None:
                 with lock:
-                    chunk = next(todo, None)
-                if chunk is None:
-                    break
-                if (wait := pending[turn]) is not None:
-                    wait()
-                if buffers[turn].numel() < chunk.nbytes:
-                    buffers[turn] = torch.empty(0, dtype=torch.uint8)  # free the old one first
-                    buffers[turn] = torch.empty(chunk.nbytes, dtype=torch.uint8, pin_memory=pin)
-                files.read(chunk, buffers[turn])
-                if stop.is_set():
-                    break
-                pending[turn] = use(chunk, buffers[turn])
-                if pending[turn] is not None:
-                    turn = 1 - turn
-                if on_bytes is not None:
-                    with lock:
-                        on_bytes(sum(piece.nbytes for piece in chunk.pieces))
-            for wait in pending:
-                if wait is not None:
-                    wait()
-            files.check()
-        except BaseException as error:  # noqa: BLE001  # raised again by the main thread
-            failed.append(error)
-            stop.set()
-        finally:
-            files.close()
+                    on_bytes(chunk.wanted_bytes)
 
-    operator_threads = torch.get_num_threads()
-    count = max(1, min(workers, len(chunks)))
-    threads = [threading.Thread(target=work, name="moeq-read", daemon=True) for _ in range(count)]
-    try:
-        for thread in threads:
+    with Crew(work, min(workers, len(chunks))) as crew:
+        crew.join()
+
+
+class Crew:
+    """Threads that read. Inside the block they work; at its end they are gone.
+
+    Args:
+        work: what each does, until it is done or the event is set.
+        count: threads.
+        on_failure: called in a thread that failed, to wake who waits.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Files, threading.Event], None],
+        count: int,
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
+        self._work = work
+        self._on_failure = on_failure
+        self._stop = threading.Event()
+        self._failed: list[BaseException] = []
+        self._threads = [
+            threading.Thread(target=self._run, name="moeq-read", daemon=True)
+            for _ in range(max(1, count))
+        ]
+
+    def __enter__(self) -> Crew:
+        self._operator_threads = torch.get_num_threads()
+        for thread in self._threads:
             thread.start()
-        for thread in threads:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(1.5)
+        # Threads to come would start with the workers' one
+        torch.set_num_threads(self._operator_threads)
+
+    def join(self) -> None:
+        """Wait for all.
+
+        Raises:
+            BaseException: what the first that failed raised.
+        """
+        for thread in self._threads:
             while thread.is_alive():
                 thread.join(0.1)  # so that Ctrl-C is seen
-    finally:
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(1.5)
-        torch.set_num_threads(operator_threads)  # threads to come would start with the workers' one
-    if failed:
-        raise failed[0]
+        self.check()
+
+    def check(self) -> None:
+        """Raises what the first that failed raised."""
+        if self._failed:
+            raise self._failed[0]
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # per thread; operators of some microseconds gain nothing by more
+        files = Files(self._stop)
+        try:
+            self._work(files, self._stop)
+            files.check()
+        except BaseException as error:  # noqa: BLE001  # raised again by the main thread
+            self._failed.append(error)
+            self._stop.set()
+            if self._on_failure is not None:
+                self._on_failure()
+        finally:
+            files.close()
 
 
 def read_piece(piece: Piece) -> Tensor:
     """One piece by itself, in memory of its own."""
     chunk = Chunk(piece.spec.file, piece.offset, piece.nbytes, (piece,))
     buffer = torch.empty(piece.nbytes, dtype=torch.uint8)
-    files = _Files(threading.Event())
+    files = Files(threading.Event())
     try:
-        files.read(chunk, buffer)
+        window = memoryview(buffer.numpy().data)
+        files.read(chunk.file, chunk.stamp, chunk.offset, window, chunk.name_at)
     finally:
         files.close()
     ((_, view),) = chunk.views(buffer)
     return view
-
-
-class _Files:
-    """A worker's open files. Each must be the one whose header was read, to the end."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
-        self._open: dict[Path, tuple[int, FileStamp]] = {}
-
-    def read(self, chunk: Chunk, buffer: Tensor) -> None:
-        window = memoryview(buffer.numpy().data)[: chunk.nbytes]
-        stamp = chunk.pieces[0].spec.stamp
-        done = 0
-        tries = 0
-        while done < len(window) and not self._stop.is_set():
-            part = window[done : done + CHUNK_BYTES]
-            try:
-                count = os.preadv(self._descriptor(chunk.file, stamp), [part], chunk.offset + done)
-            except OSError as error:
-                tries += 1
-                if error.errno in _PASSING and tries < _TRIES:
-                    self._forget(chunk.file)
-                    self._stop.wait(0.1 * tries)
-                    continue
-                at = chunk.offset + done
-                raise CheckpointError(
-                    f"{chunk.file}: reading {_at(chunk, at)!r} at byte {at}: {error.strerror}"
-                ) from error
-            if count == 0:
-                at = chunk.offset + done
-                raise CheckpointError(
-                    f"{chunk.file}: ended at byte {at}, inside {_at(chunk, at)!r}",
-                    hint="the file changed since its header was read",
-                )
-            done += count
-
-    def check(self) -> None:
-        """That no file changed while it was read."""
-        for file, (descriptor, stamp) in self._open.items():
-            _compare(file, stamp, os.fstat(descriptor))
-            try:
-                _compare(file, stamp, os.stat(file))
-            except FileNotFoundError:
-                raise CheckpointError(f"{file}: removed while it was read") from None
-
-    def close(self) -> None:
-        for file in list(self._open):
-            self._forget(file)
-
-    def _descriptor(self, file: Path, stamp: FileStamp) -> int:
-        if file not in self._open:
-            descriptor = os.open(file, os.O_RDONLY)
-            self._open[file] = descriptor, stamp
-            _compare(file, stamp, os.fstat(descriptor))
-        return self._open[file][0]
-
-    def _forget(self, file: Path) -> None:
-        if file in self._open:
-            os.close(self._open.pop(file)[0])
-
-
-def _compare(file: Path, stamp: FileStamp, found: os.stat_result) -> None:
-    if FileStamp.of(found) != stamp:
-        raise CheckpointError(
-            f"{file}: changed since its header was read",
-            hint="something writes to the checkpoint; start again when it is done",
-        )
-
-
-def _at(chunk: Chunk, offset: int) -> str:
-    """The tensor that holds a byte of the file."""
-    for piece in chunk.pieces:
-        if offset < piece.offset + piece.nbytes:
-            return piece.spec.name
-    return chunk.pieces[-1].spec.name

@@ -129,7 +129,7 @@ def make_plan(
             "coverage": on_cpu.coverage,
             "cpu_peak_bytes": on_cpu.peak_bytes,
             "gpu_peak_bytes": on_gpu.peak_bytes,
-            "gpu_host_peak_bytes": on_gpu.window_bytes,
+            "gpu_host_peak_bytes": on_gpu.host_bytes,
             "kept": on_cpu.kept,
             "read_seconds": on_cpu.checkpoint_bytes / rate if rate else None,
         }

@@ -7,8 +7,8 @@ ones, take a tenth of the time of transformers' own.
 
 from __future__ import annotations
 
+import itertools
 import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeq.checkpoint import stream as streaming
 from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.ring import Event, Ring, feed
 from moeq.checkpoint.stream import (
     CHUNK_BYTES,
     Chunk,
@@ -26,6 +26,7 @@ from moeq.checkpoint.stream import (
     matrix,
     read_piece,
     rows,
+    stream,
     whole,
 )
 from moeq.config import OnlineQuantizationConfig
@@ -43,7 +44,16 @@ _WINDOW = 1 << 30
 """Bytes of buffers at most, on the host and on a GPU each."""
 
 _MOST_WORKERS = 16
-"""Threads that keep a GPU's copy engine, or 16 cores of a server, busy."""
+"""Threads that read as fast as memory or a disk allows."""
+
+_RING = 256 << 20
+"""Bytes of page-locked buffers: to lock them takes as long as to read ten times as many."""
+
+_GPU_CHUNK = 32 << 20
+"""Bytes that go to a GPU at once: each time costs launches."""
+
+_STREAMS = 2
+"""The copy of one chunk and the kernels of another overlap."""
 
 _QUANTIZING = 6 << 20
 """Bytes that a worker on a CPU needs to quantize a matrix, see `moeq.quantize._CHUNK`."""
@@ -95,7 +105,6 @@ class LayerStream:
         self._methods = methods
         self._device = device
         self._targets = decision.targets
-        self._launching = threading.Lock()
         self._state = model.state_dict()
         if kept is None:
             kept = decision.routes.plain if streams_kept(device) else {}
@@ -106,18 +115,35 @@ class LayerStream:
         self._pieces = [p for t in self._targets for p in _quantized(t, sources[t.shape.name])]
         self._pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
         total = sum(piece.nbytes for piece in self._pieces)
-        self._chunks = chunks_of(self._pieces, min(CHUNK_BYTES, max(1 << 20, total // 64)))
-        largest = max((chunk.nbytes for chunk in self._chunks), default=0)
         on_gpu = device.type == "cuda"
+        size = _GPU_CHUNK if on_gpu else CHUNK_BYTES
+        self._chunks = chunks_of(self._pieces, min(size, max(1 << 20, total // 64)))
+        largest = max((chunk.nbytes for chunk in self._chunks), default=0)
         piece = max((piece.nbytes for piece in self._pieces), default=0)
-        # A GPU's worker has two buffers; a CPU's a transposed and a waiting copy, and temporaries
-        each = 2 * largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
         # A small checkpoint is read in no time, and a window would be most of what it takes
-        limit = min(_WINDOW, available_bytes() // 4, total // 8)
-        # Some wait for the disk while others quantize
-        wanted = os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2
-        self.workers = max(1, min(wanted, _MOST_WORKERS, limit // max(each, 1)))
-        self.window_bytes = self.workers * each + _BOOKKEEPING * len(self._pieces) + _MODEL
+        limit = min(_RING if on_gpu else _WINDOW, available_bytes() // 4, total // 8)
+        # A CPU's worker has its chunk, a transposed and a waiting copy, and temporaries; of a GPU's
+        # buffers some are read into while one is copied
+        each = largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
+        # On a CPU some wait for the disk while others quantize
+        wanted = min(os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2, _MOST_WORKERS)
+        affordable = limit // max(each, 1)
+        self.workers = wanted if on_gpu else max(1, min(wanted, affordable))
+        self._buffers = min(len(self._chunks), max(2, affordable))
+        self._largest = largest
+        objects = _BOOKKEEPING * len(self._pieces) + _MODEL
+        if on_gpu:
+            self.host_bytes = self._buffers * largest + objects
+            # A chunk of each stream, and a matrix that waits for its pair or was transposed
+            self.window_bytes = _STREAMS * (largest + 2 * piece)
+        else:
+            self.host_bytes = self.window_bytes = self.workers * each + objects
+        self._ring: Ring | None = None
+
+    def prepare(self) -> None:
+        """Begin to take what takes time to take: page-locked memory."""
+        if self._device.type == "cuda" and self._chunks:
+            self._ring = Ring(self._buffers, self._largest)
 
     def run(self, on_bytes: Callable[[int], None]) -> None:
         """Take the memory of the final weights, then fill it.
@@ -133,18 +159,31 @@ class LayerStream:
             if name not in self.tensors:
                 dtype = self._state[name].dtype
                 self.tensors[name] = torch.empty(spec.shape, dtype=dtype, device=self._device)
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize(self._device)  # that memory may have been another stream's
-        streaming.stream(
-            self._chunks,
-            self._use_on_gpu if on_gpu else self._use,
-            workers=self.workers,
-            pin=on_gpu,
-            on_bytes=on_bytes,
-        )
-        if on_gpu:
-            self._check_finite()
+        if self._ring is not None:
+            self._feed_gpu(self._ring, on_bytes)
+        else:
+            stream(self._chunks, self._use, workers=self.workers, on_bytes=on_bytes)
+
+    def _feed_gpu(self, ring: Ring, on_bytes: Callable[[int], None]) -> None:
+        """One copy of every chunk, then its pieces, on one of some streams in turn."""
+        device = self._device
+        with torch.cuda.device(device):
+            main = torch.cuda.current_stream()
+            streams = [torch.cuda.Stream() for _ in range(_STREAMS)]  # type: ignore[no-untyped-call]
+            for other in streams:
+                other.wait_stream(main)  # the memory of the weights may have been another's
+            turns = itertools.cycle(streams)
+
+            def use(chunk: Chunk, buffer: Tensor) -> Event:
+                with torch.cuda.stream(next(turns)):
+                    self._use(chunk, buffer[: chunk.nbytes].to(device, non_blocking=True))
+                    event: Event = torch.cuda.current_stream().record_event()
+                    return event
+
+            feed(ring, self._chunks, use, readers=self.workers, on_bytes=on_bytes)
+            for other in streams:
+                main.wait_stream(other)
+        self._check_finite()
 
     def _use(self, chunk: Chunk, buffer: Tensor) -> None:
         arrivals: dict[str, list[Arrival]] = {}
@@ -166,16 +205,6 @@ class LayerStream:
             method = self._methods[name]
             assert isinstance(method, OnlineMoEMethodBase)
             method.load_experts(self._modules[name], mine)
-
-    def _use_on_gpu(self, chunk: Chunk, buffer: Tensor) -> Callable[[], None]:
-        """One copy of the chunk, then its pieces, on a stream of this worker's."""
-        with torch.cuda.device(self._device), torch.cuda.stream(_stream_of_worker(self._device)):
-            staged = buffer[: chunk.nbytes].to(self._device, non_blocking=True)
-            with self._launching:  # launches hold Python's lock anyway, and Triton compiles once
-                self._use(chunk, staged)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        return event.synchronize
 
     def _check_finite(self) -> None:
         """On a GPU nobody waited to see whether scales are numbers. Where one is not, the layer's
@@ -233,21 +262,22 @@ def streams_kept(device: torch.device) -> bool:
 
 
 def load_plan(
-    model: nn.Module, decision: Decision, specs: Mapping[str, TensorSpec], stream: LayerStream
+    model: nn.Module, decision: Decision, specs: Mapping[str, TensorSpec], layers: LayerStream
 ) -> LoadPlan:
     """Bytes of a load that quantizes."""
     state = model.state_dict()
     mapped = {
         name: spec
         for name, spec in decision.routes.plain.items()
-        if name not in stream.kept and spec.dtype == state[name].dtype
+        if name not in layers.kept and spec.dtype == state[name].dtype
     }
     return _plan(
         model,
         decision.routes.plans,
         specs,
         decision.kept,
-        window_bytes=stream.window_bytes,
+        window_bytes=layers.window_bytes,
+        host_bytes=layers.host_bytes,
         mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
     )
 
@@ -259,7 +289,7 @@ def saved_plan(
     kept: dict[str, str],
 ) -> LoadPlan:
     """Bytes of a load of what moeq saved: transformers maps or copies it."""
-    return _plan(model, plans, specs, kept, window_bytes=0, mapped_bytes=0)
+    return _plan(model, plans, specs, kept, window_bytes=0, host_bytes=0, mapped_bytes=0)
 
 
 def _plan(
@@ -269,6 +299,7 @@ def _plan(
     kept: dict[str, str],
     *,
     window_bytes: int,
+    host_bytes: int,
     mapped_bytes: int,
 ) -> LoadPlan:
     unquantized = [
@@ -284,6 +315,7 @@ def _plan(
         unquantized_weights=sum(p.numel() for p in unquantized),
         kept=kept,
         window_bytes=window_bytes,
+        host_bytes=host_bytes,
         mapped_bytes=mapped_bytes,
     )
 
@@ -331,14 +363,3 @@ def _kept(parameter: str, spec: TensorSpec) -> list[Piece]:
         rows(spec, _Kept(parameter, first), first, min(step, spec.shape[0] - first))
         for first in range(0, spec.shape[0], step)
     ]
-
-
-_local = threading.local()
-
-
-def _stream_of_worker(device: torch.device) -> torch.cuda.Stream:
-    if getattr(_local, "device", None) != device:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        _local.device, _local.stream = device, stream
-    found: torch.cuda.Stream = _local.stream
-    return found

@@ -182,6 +182,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._create_weights(target)
         self._stream = LayerStream(self._model, decision, self._methods, self._device)
         self.plan = load_plan(self._model, decision, self._specs, self._stream)
+        self._stream.prepare()
         claims = dict(self._routes.claims)
         claims.update(
             {key: p for key, p in self._routes.plain_claims.items() if p in self._stream.kept}

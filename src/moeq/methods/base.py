@@ -18,6 +18,7 @@ scales are sized by those, tensors of other experts are skipped on arrival.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
@@ -31,7 +32,7 @@ from moeq.kernels.activations import ACTIVATIONS
 from moeq.methods.matrices import Place, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import WEIGHT_DTYPES, check_finite
-from moeq.schemes import OnlineQuantScheme
+from moeq.schemes import Granularity, OnlineQuantScheme
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of a CPU."""
@@ -165,17 +166,23 @@ class OnlineMoEMethodBase:
         """Several at once, as `load_expert` takes them: on a GPU they cost one launch."""
         ready: list[Place] = []
         done = []
+        strides = {projection: self._strides(projection) for projection in self.projections}
+        w13 = parameter(layer, "w13_codes").data, parameter(layer, "w13_scale").data
+        w2 = parameter(layer, "w2_codes").data, parameter(layer, "w2_scale").data
         for expert, projection, weight, name in arrivals:
             if not self._arrives(expert, projection, name):
                 continue
-            codes, scale = self._views(layer, expert, projection)
-            if weight.shape != codes.shape:
+            shape, stride, begin, scale_stride, scale_begin = strides[projection]
+            if weight.shape != shape:
                 raise CheckpointError(
-                    f"{name}: shape {list(weight.shape)}, expected {list(codes.shape)}"
+                    f"{name}: shape {list(weight.shape)}, expected {list(shape)}"
                     f" for the {projection} projection of expert {expert}"
                 )
             check_weight_dtype(weight, name)
-            ready += self._ready(expert, projection, Place(weight, codes, scale, name))
+            slot = self._local[expert]
+            at, scale_at = slot * stride + begin, slot * scale_stride + scale_begin
+            storage = w2 if projection == "down" else w13
+            ready += self._ready(expert, projection, Place(weight, *storage, at, scale_at, name))
             done.append((expert, projection))
         quantize_matrices(ready, self.scheme.granularity)
         self._waiting.difference_update(done)
@@ -338,20 +345,17 @@ class OnlineMoEMethodBase:
         """What can be quantized now that this has arrived."""
         return [place]
 
-    def _views(
-        self, layer: nn.Module, expert: int, projection: Projection
-    ) -> tuple[Tensor, Tensor]:
-        """Codes [N, K] and scale of one projection, as views of the layer's storage."""
-        slot = self._local[expert]
-        if projection == "down":
-            return parameter(layer, "w2_codes").data[slot], parameter(layer, "w2_scale").data[slot]
-        codes, scale = (
-            parameter(layer, "w13_codes").data[slot],
-            parameter(layer, "w13_scale").data[slot],
-        )
-        if scale.ndim and self._is_gated:
-            scale = scale.chunk(2)[0 if projection == "gate" else 1]
-        return codes[self._rows(projection)], scale
+    def _strides(self, projection: Projection) -> tuple[tuple[int, int], int, int, int, int]:
+        """Of one projection: its shape [N, K]; from expert to expert, and from an expert's first to
+        this one's: elements of the layer's codes, and of its scales."""
+        down = projection == "down"
+        n, k = (self._hidden, self._intermediate) if down else (self._intermediate, self._hidden)
+        scales = math.prod(scale_shape(self.scheme.granularity, (n, k)))
+        parts = 2 if self._is_gated and not down else 1
+        second = int(projection == "up" and self._is_gated)
+        if self.scheme.granularity is Granularity.TENSOR:  # gate and up share theirs
+            return (n, k), parts * n * k, second * n * k, scales, 0
+        return (n, k), parts * n * k, second * n * k, parts * scales, second * scales
 
     def _rows(self, projection: Projection) -> slice:
         """Rows of w13 that belong to a projection."""

@@ -55,7 +55,7 @@ class OnlineLinearMethod:
                 empty = torch.empty_like(parameter(layer, own), device=device)
                 setattr(layer, own, nn.Parameter(empty, requires_grad=False))
         codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
-        place = Place(weight, codes.data, scale.data, name)
+        place = Place(weight, codes.data, scale.data, 0, 0, name)
         quantize_matrices([place], self.scheme.granularity)
         self._loaded = True
 

@@ -6,12 +6,14 @@ codes: the same bytes, many matrices in a launch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moeq.experts import scale_shape
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import Granularity
 
@@ -21,15 +23,19 @@ class Place(NamedTuple):
 
     Attributes:
         weight: [N, K], fp16, bf16 or fp32, on any device.
-        codes: [N, K], written; its dtype and device decide.
-        scale: fp32, `scale_shape(granularity, weight.shape)`, written. Under `Granularity.TENSOR`
-            matrices whose `scale` is the same memory share one.
+        codes: of all matrices of a layer, contiguous; its dtype and device decide.
+        scales: of all of them, fp32, contiguous.
+        at: element of `codes` where this one's [N, K] begin; they are written.
+        scale_at: element of `scales` where its own begin, `scale_shape(granularity, [N, K])`;
+            they are written. Under `Granularity.TENSOR` matrices can share one.
         name: of the tensor in the checkpoint, for messages.
     """
 
     weight: Tensor
     codes: Tensor
-    scale: Tensor
+    scales: Tensor
+    at: int
+    scale_at: int
     name: str
 
 
@@ -40,35 +46,42 @@ def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None
         NonFiniteError: NaN or Inf among the values. On a GPU nothing waits for the answer: there
             they come out as scales that are not finite, which `check_finite` finds.
     """
-    places = [place._replace(weight=place.weight.to(place.codes.device)) for place in places]
     if places and _has_kernel(places[0].codes):
         _on_gpu(places, granularity)
         return
-    shared: dict[int, Tensor] = {}
+    shared: dict[tuple[int, int], Tensor] = {}
+    places = [place._replace(weight=place.weight.to(place.codes.device)) for place in places]
     for place in places if granularity is Granularity.TENSOR else ():
         mine = amax(place.weight, granularity)
         check_finite(place.weight, mine, place.name)
-        key = place.scale.data_ptr()
+        key = place.scales.data_ptr(), place.scale_at
         shared[key] = torch.maximum(shared[key], mine) if key in shared else mine
-    for weight, codes, scale, name in places:
+    for weight, codes, scales, at, scale_at, name in places:
         if granularity is Granularity.TENSOR:
-            group_amax = shared[scale.data_ptr()]
+            group_amax = shared[scales.data_ptr(), scale_at]
         else:
             group_amax = amax(weight, granularity)
             check_finite(weight, group_amax, name)
+        shape = scale_shape(granularity, tuple(weight.shape))
+        scale = scales.view(-1)[scale_at : scale_at + math.prod(shape)].view(shape)
         scale.copy_(scale_from_amax(group_amax, codes.dtype))
-        quantize(weight, scale, codes.dtype, granularity, out=codes)
+        out = codes.view(-1)[at : at + weight.numel()].view(weight.shape)
+        quantize(weight, scale, codes.dtype, granularity, out=out)
 
 
 def _on_gpu(places: Sequence[Place], granularity: Granularity) -> None:
-    from moeq.kernels.triton.weights import Matrix, quantize_weights
+    from moeq.kernels.triton.weights import quantize_weights
 
-    alike: dict[tuple[torch.Size, torch.dtype], list[Matrix]] = {}
-    for weight, codes, scale, _ in places:
-        matrix = Matrix(weight.contiguous(), codes, scale)
-        alike.setdefault((weight.shape, weight.dtype), []).append(matrix)
-    for matrices in alike.values():
-        quantize_weights(matrices, granularity)
+    alike: dict[tuple[int, torch.Size, torch.dtype], list[Place]] = {}
+    for place in places:
+        weight = place.weight
+        if weight.device != place.codes.device or not weight.is_contiguous():
+            weight = weight.to(place.codes.device, non_blocking=True).contiguous()
+            place = place._replace(weight=weight)
+        alike.setdefault((place.codes.data_ptr(), weight.shape, weight.dtype), []).append(place)
+    for group in alike.values():
+        weights, at = [p.weight for p in group], [(p.at, p.scale_at) for p in group]
+        quantize_weights(weights, group[0].codes, group[0].scales, at, granularity)
 
 
 def _has_kernel(codes: Tensor) -> bool:

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moeq.experts import scale_shape
 from moeq.kernels import triton as backend
 from moeq.kernels.triton import gemm, gemv, layer, plans, routing, rows, weights
 from moeq.quantize import quantize_activations
@@ -115,9 +116,11 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
         if scheme.covers("linear"):
             backend.linear(x, made.w2[0], made.w2_scale[0], None, scheme)
         if weights.knows(made.w2.device, made.w2.dtype):
-            matrix, scale = torch.zeros(256, 256), made.w2_scale[0].clone()
-            place = weights.Matrix(matrix, made.w2[0].clone(), scale)
-            weights.quantize_weights([place], scheme.granularity)
+            for wide in (256, 1 << 15):
+                codes = torch.empty(256, wide, dtype=scheme.weight_dtype)
+                scales = torch.empty(scale_shape(scheme.granularity, (256, wide)))
+                matrix = torch.zeros(256, wide, dtype=torch.bfloat16)
+                weights.quantize_weights([matrix], codes, scales, [(0, 0)], scheme.granularity)
     print(json.dumps(found))
 
 

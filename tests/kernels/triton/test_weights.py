@@ -28,9 +28,9 @@ EVERY_CODE = pytest.mark.parametrize("dtype", CODES, ids=str)
 
 
 def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor) -> None:
-    from moeq.kernels.triton.weights import Matrix, quantize_weights
+    from moeq.kernels.triton.weights import quantize_weights
 
-    quantize_weights([Matrix(weight, codes, scale)], granularity)
+    quantize_weights([weight], codes, scale, [(0, 0)], granularity)
 
 
 def check(weight: Tensor, granularity: Granularity, dtype: torch.dtype) -> None:
@@ -72,7 +72,7 @@ def test_many_matrices_in_one_launch(
     granularity: Granularity, dtype: torch.dtype, n: int, k: int
 ) -> None:
     """Between matrices lie bytes that nobody may write; two of them share a scale per tensor."""
-    from moeq.kernels.triton.weights import Matrix, quantize_weights
+    from moeq.kernels.triton.weights import quantize_weights
 
     many = 4
     weights = torch.randn(many, n, k).bfloat16() * torch.logspace(-2, 1, many)[:, None, None]
@@ -80,25 +80,33 @@ def test_many_matrices_in_one_launch(
     storage = torch.full((many + 1, n + 1, k), 3, dtype=torch.int8).to(DEVICE)
     scales = torch.full((many, *grid), -1.0).to(DEVICE)
     shared = granularity is Granularity.TENSOR
-    matrices = [
-        Matrix(
-            weights[i].to(DEVICE),
-            storage[i, :n].view(dtype),
-            scales[0 if shared and i == 1 else i],
-        )
-        for i in range(many)
-    ]
-    quantize_weights(matrices, granularity)
+    own = [0 if shared and i == 1 else i for i in range(many)]
+    places = [((n + 1) * k * i, scales[0].numel() * own[i]) for i in range(many)]
+    # In no order: those that share a scale need not come one after the other
+    order = [2, 0, 3, 1]
+    quantize_weights(
+        [weights[i].to(DEVICE) for i in order],
+        storage.view(dtype),
+        scales,
+        [places[i] for i in order],
+        granularity,
+    )
     for i in range(many):
         whole = amax(weights[i], granularity)
         if shared and i < 2:
             whole = torch.maximum(*(amax(weights[j], granularity) for j in (0, 1)))
         scale = scale_from_amax(whole, dtype)
-        assert torch.equal(matrices[i].scale.cpu(), scale)
+        assert torch.equal(scales[own[i]].cpu(), scale)
         codes = quantize(weights[i], scale, dtype, granularity)
-        assert torch.equal(matrices[i].codes.cpu().view(torch.int8), codes.view(torch.int8))
+        assert torch.equal(storage[i, :n].cpu(), codes.view(torch.int8))
     assert bool((storage[:, n] == 3).all())
     assert bool((storage[many] == 3).all())
+
+
+@EVERY_GRAIN
+@pytest.mark.parametrize("k", [20_000, 16_385])
+def test_rows_that_no_program_holds(granularity: Granularity, k: int) -> None:
+    check(torch.randn(3, k).bfloat16(), granularity, torch.int8)
 
 
 @EVERY_GRAIN

@@ -1,10 +1,9 @@
 """Weights to codes on the GPU: `moeq.quantize`, bit for bit; many matrices in a launch.
 
     block     a program reads 128 x 128 weights, keeps them in registers, writes scale and codes
-    channel   a program goes twice over some rows; the second time they come from L1
+    channel   a program does so with whole rows; rows that are too long for that it reads twice
     tensor    amax first (a maximum needs no order, so programs may meet in one word), then codes,
-              from the end: what was read last is still in L2. A matrix that does not fit there
-              is read twice
+              from the end: what was read last is still in L2; the rest is read twice
 
 A table says where the matrices are, so that the experts of a layer, or what a chunk of
 a checkpoint brings, cost one launch and not hundreds.
@@ -14,8 +13,8 @@ Scales of groups with NaN or Inf come out as NaN or Inf: `moeq.quantize.check_fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -30,9 +29,8 @@ from moeq.schemes import Granularity
 _TILE = 1 << 14
 """Elements of a program where any number will do."""
 
-_HEIGHT, _STEP = 4, 512
-"""Rows of a program, and columns that it takes at a time: a power of two wastes lanes on rows of
-768 or 14336."""
+_ROW, _ROWS = 1 << 14, 1 << 12
+"""Elements of a row that a program keeps in registers, and of several shorter ones together."""
 
 
 def knows(device: torch.device, dtype: torch.dtype) -> bool:
@@ -40,76 +38,75 @@ def knows(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.int8 or gpu(device).capability >= FP8_CAPABILITY
 
 
-class Matrix(NamedTuple):
-    """One matrix and its place.
-
-    Attributes:
-        weight: [N, K], fp16, bf16 or fp32, contiguous, on the GPU.
-        codes: [N, K], written, int8 or fp8; contiguous.
-        scale: fp32, `scale_shape(granularity, weight.shape)`, written; contiguous.
-    """
-
-    weight: Tensor
-    codes: Tensor
-    scale: Tensor
-
-
-def quantize_weights(matrices: Sequence[Matrix], granularity: Granularity) -> None:
+def quantize_weights(
+    weights: Sequence[Tensor],
+    codes: Tensor,
+    scales: Tensor,
+    places: Sequence[tuple[int, int]],
+    granularity: Granularity,
+) -> None:
     """Quantize matrices into final storage.
 
     Args:
-        matrices: of one shape and one dtype each for weights and codes, on one GPU. Under
-            `Granularity.TENSOR` those whose `scale` is the same memory share its amax.
+        weights: [N, K] each, of one shape and dtype (fp16, bf16 or fp32), contiguous, on one GPU.
+        codes: int8 or fp8, contiguous; written.
+        scales: fp32, contiguous; written.
+        places: of every matrix, the elements of `codes` and of `scales` where its own begin: N * K,
+            and `scale_shape(granularity, (N, K))`. Under `Granularity.TENSOR` matrices with the
+            same scale share its amax.
         granularity: what shares a scale.
     """
-    weight, codes, scale = matrices[0]
-    n, k = weight.shape
-    for matrix in matrices:
-        assert all(tensor.is_contiguous() for tensor in matrix)
-        assert matrix.weight.shape == matrix.codes.shape == weight.shape, matrix.codes.shape
-        assert (matrix.weight.dtype, matrix.codes.dtype) == (weight.dtype, codes.dtype)
-        assert tuple(matrix.scale.shape) == scale_shape(granularity, (n, k)), matrix.scale.shape
-    if weight.numel() == 0:
-        for matrix in matrices:
-            matrix.scale.fill_(1.0)
+    n, k = weights[0].shape
+    size, count = n * k, math.prod(scale_shape(granularity, (n, k)))
+    assert codes.is_contiguous() and scales.is_contiguous()
+    assert all(0 <= at <= codes.numel() - size for at, _ in places), (codes.shape, n, k)
+    assert all(0 <= at <= scales.numel() - count for _, at in places), (scales.shape, n, k)
+    if size == 0:
+        for _, at in places:
+            scales.view(-1)[at : at + count] = 1.0
         return
-    slots = {place: slot for slot, place in enumerate({m.scale.data_ptr() for m in matrices})}
-    entries = [
-        [
-            *((t.data_ptr() - first.data_ptr()) // t.itemsize for t, first in zip(m, matrices[0])),
-            slots[m.scale.data_ptr()],
-        ]
-        for m in matrices
-    ]
+    first = weights[0]
+    base, itemsize = first.data_ptr(), first.itemsize
+    rows = []
+    for weight, (at, scale_at) in zip(weights, places):
+        assert weight.shape == first.shape and weight.dtype == first.dtype, weight.shape
+        assert weight.is_contiguous()
+        rows.append([(weight.data_ptr() - base) // itemsize, at, scale_at, 0])
     # What lets the compiler move 16 bytes at a time
-    aligned = k % 16 == 0 and not any(d % 16 for entry in entries for d in entry[:2])
-    table = torch.tensor(entries, pin_memory=codes.is_cuda).to(codes.device, non_blocking=True)
-    many = len(matrices)
+    aligned = k % 16 == 0 and not any(row[0] % 16 or row[1] % 16 for row in rows)
+    many = len(rows)
+    words: dict[int, int] = {}
+    if granularity is Granularity.TENSOR:
+        for row in rows:
+            row[3] = words.setdefault(row[2], len(words))
+    table = torch.tensor(rows, pin_memory=codes.is_cuda).to(codes.device, non_blocking=True)
     with torch.cuda.device_of(codes):  # Triton launches on the current device
         match granularity:
             case Granularity.CHANNEL:
-                step = min(_STEP, triton.next_power_of_2(k))
-                _rows[(triton.cdiv(n, _HEIGHT), many)](
-                    table, weight, codes, scale, n, k,
-                    HEIGHT=_HEIGHT, STEP=step, ALIGNED=aligned, num_warps=4,
+                wide = min(triton.next_power_of_2(k), _ROW)
+                height = max(1, _ROWS // wide)
+                _rows[(triton.cdiv(n, height), many)](
+                    table, first, codes, scales, n, k,
+                    HEIGHT=height, WIDE=wide, ONCE=wide >= k, ALIGNED=aligned,
+                    num_warps=8 if wide > _ROWS else 4,
                 )  # fmt: skip
             case Granularity.BLOCK:
                 grid = (triton.cdiv(k, 128), triton.cdiv(n, 128), many)
-                _blocks[grid](table, weight, codes, scale, n, k, ALIGNED=aligned, num_warps=8)
+                _blocks[grid](table, first, codes, scales, n, k, ALIGNED=aligned, num_warps=8)
             case Granularity.TENSOR:
-                bits = torch.zeros(len(slots), dtype=torch.int32, device=codes.device)
-                size = weight.numel()
-                tiles = (triton.cdiv(size, _TILE), many)
-                _amax[tiles](table, weight, bits, size, TILE=_TILE, ALIGNED=aligned, num_warps=8)
-                _encode[tiles](
-                    table, weight, codes, scale, bits, size,
+                bits = torch.zeros(len(words), dtype=torch.int32, device=codes.device)
+                tiles = triton.cdiv(size, _TILE)
+                each = (tiles, many)
+                _amax[each](table, first, bits, size, TILE=_TILE, ALIGNED=aligned, num_warps=8)
+                _encode[each](
+                    table, first, codes, scales, bits, size,
                     TILE=_TILE, ALIGNED=aligned, num_warps=8,
                 )  # fmt: skip
 
 
 @triton.jit
 def _place(base, table, at, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where matrix `at` is, by its distance from the first: the table holds distances and not
+    """Where matrix `at` is, by its distance from `base`: the table holds distances and not
     addresses, because the compiler knows how `base` is aligned."""
     distance = tl.load(table + at * 4 + COLUMN)
     if ALIGNED:
@@ -120,27 +117,32 @@ def _place(base, table, at, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def _rows(
     table, w, codes, scale, N, K,
-    HEIGHT: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDE: tl.constexpr, ONCE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     w = _place(w, table, tl.program_id(1), 0, ALIGNED)
     codes = _place(codes, table, tl.program_id(1), 1, ALIGNED)
     scale = _place(scale, table, tl.program_id(1), 2, False)
     n = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
-    k = tl.arange(0, STEP)
+    k = tl.arange(0, WIDE)
     at = n.to(tl.int64)[:, None] * K + k[None, :]
-    highest = tl.zeros((HEIGHT, STEP), tl.int32)
-    for k0 in range(0, K, STEP):
-        mask = (n < N)[:, None] & (k < K - k0)[None, :]
-        value = tl.load(w + at + k0, mask=mask, other=0.0).to(tl.float32)
-        highest = tl.maximum(highest, magnitude(value))
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    value = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
+    highest = magnitude(value)
+    if not ONCE:
+        for k0 in range(WIDE, K, WIDE):
+            more = (n < N)[:, None] & (k < K - k0)[None, :]
+            rest = tl.load(w + at + k0, mask=more, other=0.0).to(tl.float32)
+            highest = tl.maximum(highest, magnitude(rest))
     amax = tl.max(highest, 1).to(tl.float32, bitcast=True)
     by_row = scale_of(amax, codes.dtype.element_ty)
     tl.store(scale + n, by_row, mask=n < N)
-    for k0 in range(0, K, STEP):
-        mask = (n < N)[:, None] & (k < K - k0)[None, :]
-        value = tl.load(w + at + k0, mask=mask, other=0.0).to(tl.float32)
-        code = encode(value, by_row[:, None], codes.dtype.element_ty)
-        tl.store(codes + at + k0, code, mask=mask)
+    tl.store(codes + at, encode(value, by_row[:, None], codes.dtype.element_ty), mask=mask)
+    if not ONCE:
+        for k0 in range(WIDE, K, WIDE):
+            more = (n < N)[:, None] & (k < K - k0)[None, :]
+            rest = tl.load(w + at + k0, mask=more, other=0.0).to(tl.float32)
+            code = encode(rest, by_row[:, None], codes.dtype.element_ty)
+            tl.store(codes + at + k0, code, mask=more)
 
 
 @triton.jit
@@ -161,25 +163,26 @@ def _blocks(table, w, codes, scale, N, K, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _amax(table, w, bits, size, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The largest magnitude of every matrix into its slot, with those that share it."""
+    """The largest magnitude of every matrix into its word, with those that share it."""
     w = _place(w, table, tl.program_id(1), 0, ALIGNED)
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     value = tl.load(w + at, mask=at < size, other=0.0).to(tl.float32)
-    slot = tl.load(table + tl.program_id(1) * 4 + 3)
-    tl.atomic_max(bits + slot, tl.max(magnitude(value), 0))
+    word = tl.load(table + tl.program_id(1) * 4 + 3)
+    tl.atomic_max(bits + word, tl.max(magnitude(value), 0))
 
 
 @triton.jit
 def _encode(table, w, codes, scale, bits, size, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     w = _place(w, table, tl.program_id(1), 0, ALIGNED)
     codes = _place(codes, table, tl.program_id(1), 1, ALIGNED)
-    slot = tl.load(table + tl.program_id(1) * 4 + 3)
-    amax = tl.load(bits + slot).to(tl.float32, bitcast=True)
+    word = tl.load(table + tl.program_id(1) * 4 + 3)
+    amax = tl.load(bits + word).to(tl.float32, bitcast=True)
     mine = scale_of(amax, codes.dtype.element_ty)
     if tl.program_id(0) == 0:
         scale = _place(scale, table, tl.program_id(1), 2, False)
         tl.store(scale, mine)
     last = tl.num_programs(0) - 1
     at = (last - tl.program_id(0)).to(tl.int64) * TILE + tl.arange(0, TILE)
-    value = tl.load(w + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(codes + at, encode(value, mine, codes.dtype.element_ty), mask=at < size)
+    value = tl.load(w + at, mask=at < size, other=0.0, eviction_policy="evict_first")
+    code = encode(value.to(tl.float32), mine, codes.dtype.element_ty)
+    tl.store(codes + at, code, mask=at < size, eviction_policy="evict_first")

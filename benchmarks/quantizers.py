@@ -1,0 +1,61 @@
+"""Weights to codes on one GPU: how close to a copy each quantizer comes.
+
+    python benchmarks/quantizers.py
+
+Bytes read and written in a second, over those of `Tensor.copy_` in the same run. Matrices are all
+of one Qwen3-30B-A3B layer, as one launch of many, and one large one; larger than the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from moeq.experts import scale_shape
+from moeq.kernels.triton.weights import quantize_weights
+from moeq.schemes import Granularity, OnlineQuantScheme
+
+SHAPES = ((128, 768, 2048), (128, 2048, 768), (8, 14336, 4096), (1, 16384, 16384))
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    """Median of single launches."""
+    times = []
+    for _ in range(25):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(5_000_000)  # so that the launches wait for the GPU and not it for them
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    schemes = dict.fromkeys((s.granularity, s.weight_dtype) for s in OnlineQuantScheme)
+    for shape in SHAPES:
+        weights = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+        out = torch.empty_like(weights)
+        copy = 2 * weights.nbytes / microseconds(lambda w=weights, o=out: o.copy_(w)) / 1e6
+        print(f"{'x'.join(map(str, shape)):16} copy {copy:.2f} TB/s", flush=True)
+        for granularity, dtype in schemes:
+            codes = torch.empty(shape, dtype=dtype, device="cuda")
+            count = math.prod(scale_shape(granularity, shape[1:]))
+            scales = torch.empty(shape[0], count, device="cuda")
+            places = [(i * math.prod(shape[1:]), i * count) for i in range(shape[0])]
+            given = (list(weights), codes, scales, places, granularity)
+            us = microseconds(lambda a=given: quantize_weights(*a))
+            rate = weights.numel() * (weights.itemsize + 1) / us / 1e6
+            again = "  (amax first)" if granularity is Granularity.TENSOR else ""
+            name = f"{str(dtype).removeprefix('torch.')} {granularity.value}"
+            print(f"  {name:24}{us:9.1f} us {rate:6.2f} TB/s {rate / copy:5.2f}{again}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
