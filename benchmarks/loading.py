@@ -3,9 +3,9 @@
     python benchmarks/loading.py [--gb 2.4] [--device cuda] [--quantization NAME ...] [--cold]
 
 Makes a checkpoint of Qwen3-30B-A3B's layers with random weights (kept with --keep, found again with
---folder), then in processes of their own and in turns: reads the files into (pinned) memory by
-several threads and nothing else; loads with moeq under each scheme; with transformers in bf16.
-Medians over --rounds. Peak memory is anonymous memory on the host, and PyTorch's on a GPU.
+--folder), then, each in a process of its own: reads the files into (page-locked) memory by several
+threads and nothing else; loads with moeq under each scheme; with transformers in bf16. Medians over
+--rounds. Peak memory is anonymous memory on the host, and PyTorch's on a GPU.
 """
 
 from __future__ import annotations
@@ -105,30 +105,23 @@ def read(folder: Path, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(what: str, folder: Path, small: Path, device: str) -> dict[str, Any]:
-    """One run, in this process: seconds and peak bytes. A small model is loaded before: imports
-    and the compilation of kernels are not part of loading."""
+def measure(what: str, folder: Path, device: str, cold: bool) -> dict[str, Any]:
+    """One run, in this process: seconds and peak bytes."""
+    from transformers import AutoModelForCausalLM
+
+    from moeq import load, report_of
     from moeq.memory import PeakMemory
 
     where = torch.device(device)
-    if where.type == "cuda":
-        torch.zeros(1, device=where)  # the context is not part of loading
+    if cold:
+        drop_cache(folder)
     if what == "read":
         return {"seconds": read(folder, where), "peak": None}
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from moeq import load, report_of
-
-    logging.disable_progress_bar()
+    started = time.perf_counter()
     if what == "bf16":
-        AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16, device_map=device)
-        started = time.perf_counter()
         with PeakMemory(where) as memory:
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
         return {"seconds": time.perf_counter() - started, "peak": memory.peak_bytes}
-    load(small, what, device=device)
-    started = time.perf_counter()
     model = load(folder, what, device=device)
     if where.type == "cuda":
         torch.cuda.synchronize()
@@ -142,6 +135,18 @@ def measure(what: str, folder: Path, small: Path, device: str) -> dict[str, Any]
     }
 
 
+def measure_all(
+    what: str, folder: Path, small: Path, device: str, cold: bool, rounds: int
+) -> list[dict[str, Any]]:
+    """Runs in this process, after one of a small model: imports, the compilation of kernels and
+    the first use of a GPU are not part of loading."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    measure(what, small, device, False)
+    return [measure(what, folder, device, cold) for _ in range(rounds)]
+
+
 def measure_refresh(folder: Path, what: str, device: str) -> None:
     """Milliseconds of a refresh of all the model's weights, which are where the model is."""
     from safetensors.torch import load_file
@@ -149,7 +154,7 @@ def measure_refresh(folder: Path, what: str, device: str) -> None:
     from moeq import load, refresh
 
     model = load(folder, what, device=device)
-    tensors = []
+    tensors: list[tuple[str, torch.Tensor]] = []
     for file in sorted(folder.glob("*.safetensors")):
         tensors += load_file(file, device=device).items()
     layers = model.config.num_hidden_layers
@@ -184,7 +189,8 @@ def main() -> None:
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.folder, args.small, args.device)))
+        runs = measure_all(args.one, args.folder, args.small, args.device, args.cold, args.rounds)
+        print(json.dumps(runs))
         return
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or args.keep or Path(made) / "checkpoint"
@@ -200,17 +206,16 @@ def main() -> None:
             return
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         names = ["read", *args.quantization, *([] if args.no_bf16 else ["bf16"])]
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for _ in range(args.rounds):
-            for name in names:
-                if args.cold:
-                    drop_cache(folder)
-                command = [sys.executable, __file__, "--one", name]
-                command += ["--folder", str(folder), "--device", args.device]
-                command += ["--small", str(small)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-        read = statistics.median(run["seconds"] for run in runs["read"])
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for name in names:
+            command = [sys.executable, __file__, "--one", name, "--small", str(small)]
+            command += ["--folder", str(folder), "--device", args.device]
+            command += ["--rounds", str(args.rounds), *(["--cold"] if args.cold else [])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            runs[name] = json.loads(done.stdout.splitlines()[-1])
+        reading = statistics.median(run["seconds"] for run in runs["read"])
         print(f"{nbytes / 1e9:.1f} GB, {'cold' if args.cold else 'warm'}, {args.device}")
         print(
             f"{'':32}{'s':>7} {'/read':>6} {'GB/s':>6} {'peak MB':>8} {'planned':>8} {'final':>8}"
@@ -222,7 +227,7 @@ def main() -> None:
                 for key in ("peak", "planned", "final")
             ]
             print(
-                f"{name:32}{seconds:>7.2f} {seconds / read:>6.2f} {nbytes / 1e9 / seconds:>6.2f}"
+                f"{name:32}{seconds:>7.2f} {seconds / reading:>6.2f} {nbytes / 1e9 / seconds:>6.2f}"
                 + "".join(f" {cell:>8}" for cell in cells)
             )
 

@@ -18,6 +18,7 @@ import torch
 from moeq.experts import scale_shape
 from moeq.kernels.triton.weights import quantize_weights
 from moeq.schemes import Granularity, OnlineQuantScheme
+from moeq.span import Span
 
 SHAPES = ((128, 768, 2048), (128, 2048, 768), (8, 14336, 4096), (1, 16384, 16384))
 
@@ -49,7 +50,7 @@ def main() -> None:
             count = math.prod(scale_shape(granularity, shape[1:]))
             scales = torch.empty(shape[0], count, device="cuda")
             places = [(i * math.prod(shape[1:]), i * count) for i in range(shape[0])]
-            given = (list(weights), codes, scales, places, granularity)
+            given = ([Span.of(w) for w in weights], codes, scales, places, granularity)
             us = microseconds(lambda a=given: quantize_weights(*a))
             rate = weights.numel() * (weights.itemsize + 1) / us / 1e6
             again = "  (amax first)" if granularity is Granularity.TENSOR else ""

@@ -34,8 +34,8 @@ class LaterCopy:
         return True
 
     def synchronize(self) -> None:
-        for piece, view in self.chunk.views(self.buffer):
-            self.found[piece.key] = view.clone()
+        for piece, span in self.chunk.spans(self.buffer):
+            self.found[piece.key] = span.tensor().clone()
 
 
 def fed(

@@ -56,9 +56,9 @@ class Collect:
         self.found: dict[Any, Tensor] = {}
 
     def __call__(self, chunk: Chunk, buffer: Tensor) -> None:
-        for piece, view in chunk.views(buffer):
+        for piece, span in chunk.spans(buffer):
             assert piece.key not in self.found
-            self.found[piece.key] = view.clone()
+            self.found[piece.key] = span.tensor().clone()
 
 
 def streamed(pieces: list[Piece], limit: int = 1 << 20, workers: int = 3) -> dict[Any, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moeq.checkpoint.files import Files
 from moeq.checkpoint.headers import FileStamp, TensorSpec
+from moeq.span import Span
 
 CHUNK_BYTES = 16 << 20
 """Read at once: disks and page caches are at full speed from a few MiB on, and smaller chunks
@@ -101,14 +102,19 @@ class Chunk:
                 return piece.spec.name
         return self.pieces[-1].spec.name
 
-    def views(self, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-        """Every piece as a tensor over `buffer` uint8 [>= nbytes], which holds the chunk."""
+    def spans(self, buffer: Tensor) -> Iterator[tuple[Piece, Span]]:
+        """Every piece in `buffer` uint8 [>= nbytes], which holds the chunk."""
+        typed: dict[torch.dtype, Tensor] = {}
         for piece in self.pieces:
-            start = piece.offset - self.offset
-            flat = buffer[start : start + piece.nbytes]
-            if start % piece.spec.dtype.itemsize:  # only where a file packs types of other sizes
-                flat = flat.clone()
-            yield piece, flat.view(piece.spec.dtype).view(piece.shape)
+            dtype, start = piece.spec.dtype, piece.offset - self.offset
+            if start % dtype.itemsize:  # only where a file packs types of other sizes
+                copy = buffer[start : start + piece.nbytes].clone()
+                yield piece, Span(copy.view(dtype), 0, piece.shape)
+                continue
+            if dtype not in typed:
+                usable = len(buffer) // dtype.itemsize * dtype.itemsize
+                typed[dtype] = buffer[:usable].view(dtype)
+            yield piece, Span(typed[dtype], start // dtype.itemsize, piece.shape)
 
 
 def chunks_of(pieces: Iterable[Piece], limit: int = CHUNK_BYTES) -> list[Chunk]:
@@ -262,5 +268,5 @@ def read_piece(piece: Piece) -> Tensor:
         files.read(chunk.file, chunk.stamp, chunk.offset, window, chunk.name_at)
     finally:
         files.close()
-    ((_, view),) = chunk.views(buffer)
-    return view
+    ((_, span),) = chunk.spans(buffer)
+    return span.tensor()

@@ -51,13 +51,12 @@ class Router:
         """The way of one tensor, and the entry of the table that converts it, if one does."""
         from transformers.core_model_loading import rename_source_key
 
-        key = spec.name
-        parameter, pattern = rename_source_key(
-            key, self._renamings, self._converters, self._prefix, self._known
-        )
-        renamed = key
+        key = renamed = spec.name
         for renaming in self._renamings:
             renamed, _ = renaming.rename_source_key(renamed)
+        parameter, pattern = rename_source_key(
+            renamed, [], self._converters, self._prefix, self._known
+        )
         if parameter not in self._known and key in self._known:
             parameter, pattern = key, None
         return Route(spec, renamed, parameter, pattern), self._by_pattern.get(pattern)

@@ -33,10 +33,11 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision
 from moeq.engines.hf_structure import Target, expert_matrices
 from moeq.memory import available_bytes
-from moeq.methods.base import OnlineMoEMethodBase, has_finite_scales
+from moeq.methods.base import OnlineMoEMethodBase, finite_scales
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import LayerPlan, LoadPlan, Source
 from moeq.quantize import check_finite
+from moeq.span import Span
 
 Method = OnlineMoEMethodBase | OnlineLinearMethod
 
@@ -187,20 +188,21 @@ class LayerStream:
 
     def _use(self, chunk: Chunk, buffer: Tensor) -> None:
         arrivals: dict[str, list[Arrival]] = {}
-        for piece, tensor in chunk.views(buffer):
+        for piece, span in chunk.spans(buffer):
             if isinstance(piece.key, _Kept):
+                tensor = span.tensor()
                 kept, first = self.tensors[piece.key.parameter], piece.key.first
                 (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
                 continue
             target, source = piece.key.target, piece.key.source
             method, name = self._methods[target.shape.name], target.shape.name
             if isinstance(method, OnlineLinearMethod):
-                method.load(target.module, tensor, where(source), self._device)
+                method.load(target.module, span.tensor(), where(source), self._device)
             elif source.is_bias:
-                for arrival in arrivals_of(source, piece.key.expert, tensor):
-                    method.load_bias(target.module, *arrival)
+                for expert, part, bias, what in arrivals_of(source, piece.key.expert, span):
+                    method.load_bias(target.module, expert, part, bias.tensor(), what)
             else:
-                arrivals.setdefault(name, []).extend(arrivals_of(source, piece.key.expert, tensor))
+                arrivals.setdefault(name, []).extend(arrivals_of(source, piece.key.expert, span))
         for name, mine in arrivals.items():
             method = self._methods[name]
             assert isinstance(method, OnlineMoEMethodBase)
@@ -210,7 +212,7 @@ class LayerStream:
         """On a GPU nobody waited to see whether scales are numbers. Where one is not, the layer's
         tensors are read again, to name the one and the place."""
         for target in self._targets:
-            if has_finite_scales(target.module):
+            if bool(finite_scales(target.module)):
                 continue
             for piece in self._pieces:
                 if isinstance(piece.key, _Quantized) and piece.key.target is target:
@@ -218,7 +220,7 @@ class LayerStream:
                     check_finite(tensor, tensor.abs().amax(), where(source))
 
 
-Arrival = tuple[int, Any, Tensor, str]
+Arrival = tuple[int, Any, Span, str]
 """Expert, projection, matrix or bias, name for messages: as the methods' `load`s take them."""
 
 
@@ -320,17 +322,18 @@ def _plan(
     )
 
 
-def arrivals_of(source: Source, expert: int, tensor: Tensor) -> list[Arrival]:
+def arrivals_of(source: Source, expert: int, span: Span) -> list[Arrival]:
     """The projections in one matrix [N, K] or bias [N] of an expert."""
     name = where(source)
     if source.transposed:
-        tensor = tensor.T.contiguous()
+        span = Span.of(span.tensor().T)
     if source.part != "gate_up":
-        parts = [(source.part, tensor)]
+        parts = [(source.part, span)]
     elif source.interleaved:
-        parts = [("gate", tensor[0::2]), ("up", tensor[1::2])]
+        tensor = span.tensor()
+        parts = [("gate", Span.of(tensor[0::2])), ("up", Span.of(tensor[1::2]))]
     else:
-        gate, up = tensor.chunk(2)
+        gate, up = span.halves()
         parts = [("gate", gate), ("up", up)]
     if source.expert is not None:
         return [(expert, part, piece, name) for part, piece in parts]

@@ -30,6 +30,7 @@ from moeq.engines.transformers import (
     reporting_to,
 )
 from moeq.errors import CheckpointError, ConfigError, ModelError
+from moeq.memory import without_collections
 from moeq.report import LoadReport
 from moeq.schemes import OnlineQuantScheme
 
@@ -92,7 +93,7 @@ def load(
         raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
     register_with_transformers()
     # Two loads at once give wrong models: transformers changes global state while it builds one
-    with _LOCK, reporting_to(progress):
+    with _LOCK, reporting_to(progress), without_collections():
         if saved:
             kwargs = {"variant": VARIANT} | kwargs
         return model_class(entries).from_pretrained(

@@ -28,12 +28,13 @@ from moeq.engines.hf_routes import check_rest, original_names
 from moeq.engines.hf_stream import Arrival, Method, arrivals_of
 from moeq.engines.hf_structure import Target, find_targets
 from moeq.errors import ModelError, MoeqError, RefreshError
-from moeq.methods.base import OnlineMoEMethodBase, has_finite_scales
+from moeq.methods.base import OnlineMoEMethodBase, finite_scales
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import Source, check_source
+from moeq.span import Span
 
-_BATCH = 64 << 20
-"""Bytes that are collected before a launch."""
+_BATCH = 512 << 20
+"""Bytes that are collected before they are quantized: launches take longer than what they do."""
 
 _HERE = Path("refresh")
 """Stands for a file in messages: these tensors come from none."""
@@ -79,11 +80,13 @@ class _Slot:
         fed: parameters of the original model that it is part of.
         name: of the layer, or of the parameter.
         source: what it is to the layer; None for what is kept.
+        expert: whose projection it is, just as the layer has it; None where it is more, or less.
     """
 
     fed: tuple[str, ...]
     name: str
     source: Source | None
+    expert: int | None = None
 
 
 class _Table:
@@ -127,7 +130,10 @@ class _Table:
                 target, what = self._targets[parameter]
                 source = source_of(route, converter, target, what, parameter)
                 check_source(target.shape, source)
-                return _Slot(fed, target.shape.name, source)
+                is_projection = not (source.is_bias or source.transposed)
+                is_projection = is_projection and source.part != "gate_up"
+                expert = source.expert if is_projection else None
+                return _Slot(fed, target.shape.name, source, expert)
         if not self._router.knows(route.parameter):
             raise RefreshError(f"{name!r} is no tensor of this model's checkpoint")
         if converter is not None:
@@ -180,6 +186,9 @@ class _Refresh:
         slot = self._table.slot(name, tensor)
         if slot.source is None:
             self._copy(slot.name, name, tensor)
+        elif slot.expert is not None:
+            arrival = slot.expert, slot.source.part, Span.of(tensor), name
+            self._collect(slot.name, [arrival], tensor)
         else:
             self._take(slot.name, slot.source, tensor)
         self._fed.update(slot.fed)
@@ -204,15 +213,19 @@ class _Refresh:
         for expert in experts if stacked else (source.expert,):
             assert expert is not None
             piece = tensor[expert] if stacked else tensor
-            arrivals = arrivals_of(source, expert, piece)
+            arrivals = arrivals_of(source, expert, Span.of(piece))
             if source.is_bias:
-                for arrival in arrivals:
-                    method.load_bias(module, *arrival)
+                for index, part, bias, name in arrivals:
+                    method.load_bias(module, index, part, bias.tensor(), name)
                 continue
-            self._batch.setdefault(layer, []).extend(arrivals)
-            self._batched += piece.nbytes
-            if self._batched >= _BATCH:
-                self._flush()
+            self._collect(layer, arrivals, piece)
+
+    def _collect(self, layer: str, arrivals: list[Arrival], tensor: Tensor) -> None:
+        """Arrivals that are parts of one tensor."""
+        self._batch.setdefault(layer, []).extend(arrivals)
+        self._batched += tensor.nbytes
+        if self._batched >= _BATCH:
+            self._flush()
 
     def _flush(self) -> None:
         batch, self._batch, self._batched = self._batch, {}, 0
@@ -228,8 +241,9 @@ class _Refresh:
             f"{t.shape.name}.{n}" for t in self._table.layers.values() for n in original_names(t)
         )
         check_rest(self._table.original, self._fed | set(names))
-        for name, module in self._modules.items():
-            if not has_finite_scales(module):
+        finite = {name: finite_scales(module) for name, module in self._modules.items()}
+        for name, is_finite in finite.items():  # a GPU is asked once all that has been launched
+            if not bool(is_finite):
                 raise RefreshError(f"{name}: NaN or Inf among the new weights")
 
 

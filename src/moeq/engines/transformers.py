@@ -38,7 +38,7 @@ from moeq.engines.hf_routes import Routes, decide, quantized_names, saved_plans
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan, saved_plan
 from moeq.engines.hf_structure import Target, activation_of, find_targets
 from moeq.errors import CheckpointError, ModelError
-from moeq.memory import PeakMemory
+from moeq.memory import PeakMemory, without_collections
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.report import LoadReport, make_report
@@ -155,7 +155,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._progress = _progress.get()  # threads do not see it
         self._memory = PeakMemory(self._device)
         self._memory.__enter__()
-        self._specs = read_headers([Path(file) for file in files])
+        with without_collections():
+            self._specs = read_headers([Path(file) for file in files])
         self._targets, self._kept = find_targets(model, self.quantization_config)
         if self.pre_quantized:
             for target in self._targets:
@@ -168,20 +169,21 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             plans = saved_plans(self._model, self._targets, self._specs, weight_conversions)
             self.plan = saved_plan(self._model, plans, self._specs, self._kept)
             return weight_conversions
-        decision = decide(
-            self._model,
-            self.quantization_config,
-            (self._targets, self._kept),
-            self._specs,
-            weight_conversions,
-        )
-        self.quantization_config = decision.config
-        self._targets, self._kept = decision.targets, decision.kept
-        self._routes = decision.routes
-        for target in self._targets:
-            self._create_weights(target)
-        self._stream = LayerStream(self._model, decision, self._methods, self._device)
-        self.plan = load_plan(self._model, decision, self._specs, self._stream)
+        with without_collections():
+            decision = decide(
+                self._model,
+                self.quantization_config,
+                (self._targets, self._kept),
+                self._specs,
+                weight_conversions,
+            )
+            self.quantization_config = decision.config
+            self._targets, self._kept = decision.targets, decision.kept
+            self._routes = decision.routes
+            for target in self._targets:
+                self._create_weights(target)
+            self._stream = LayerStream(self._model, decision, self._methods, self._device)
+            self.plan = load_plan(self._model, decision, self._specs, self._stream)
         self._stream.prepare()
         claims = dict(self._routes.claims)
         claims.update(
@@ -204,7 +206,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{target.shape.name} is sharded over ranks",
                         hint="moeq's transformers engine runs one process",
                     )
-            self._stream.run(self._advance)
+            with without_collections():
+                self._stream.run(self._advance)
         if parameter in self._stream.tensors:
             return {parameter: self._stream.tensors.pop(parameter)}, set()
         name = parameter.rpartition(".")[0]

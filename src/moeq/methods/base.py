@@ -33,6 +33,7 @@ from moeq.methods.matrices import Place, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import WEIGHT_DTYPES, check_finite
 from moeq.schemes import Granularity, OnlineQuantScheme
+from moeq.span import Span
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of a CPU."""
@@ -158,19 +159,32 @@ class OnlineMoEMethodBase:
             CheckpointError: misshapen, of a wrong dtype, out of range, or here before.
             NonFiniteError: NaN or Inf among the values.
         """
-        self.load_experts(layer, [(expert, projection, weight, name)])
+        self.load_experts(layer, [(expert, projection, Span.of(weight), name)])
 
     def load_experts(
-        self, layer: nn.Module, arrivals: Iterable[tuple[int, Projection, Tensor, str]]
+        self, layer: nn.Module, arrivals: Iterable[tuple[int, Projection, Span, str]]
     ) -> None:
         """Several at once, as `load_expert` takes them: on a GPU they cost one launch."""
+        taken: list[tuple[int, str]] = []
+        try:
+            self._quantize(layer, arrivals, taken)
+        except BaseException:
+            self._waiting.update(taken)
+            raise
+
+    def _quantize(
+        self,
+        layer: nn.Module,
+        arrivals: Iterable[tuple[int, Projection, Span, str]],
+        taken: list[tuple[int, str]],
+    ) -> None:
         ready: list[Place] = []
-        done = []
         strides = {projection: self._strides(projection) for projection in self.projections}
         w13 = parameter(layer, "w13_codes").data, parameter(layer, "w13_scale").data
         w2 = parameter(layer, "w2_codes").data, parameter(layer, "w2_scale").data
         for expert, projection, weight, name in arrivals:
-            if not self._arrives(expert, projection, name):
+            arrival = (expert, projection)
+            if arrival not in self._waiting and not self._arrives(expert, projection, name):
                 continue
             shape, stride, begin, scale_stride, scale_begin = strides[projection]
             if weight.shape != shape:
@@ -178,14 +192,14 @@ class OnlineMoEMethodBase:
                     f"{name}: shape {list(weight.shape)}, expected {list(shape)}"
                     f" for the {projection} projection of expert {expert}"
                 )
-            check_weight_dtype(weight, name)
+            check_weight_dtype(weight.base, name)
             slot = self._local[expert]
             at, scale_at = slot * stride + begin, slot * scale_stride + scale_begin
             storage = w2 if projection == "down" else w13
             ready += self._ready(expert, projection, Place(weight, *storage, at, scale_at, name))
-            done.append((expert, projection))
+            self._waiting.discard(arrival)  # at once: it could come a second time
+            taken.append(arrival)
         quantize_matrices(ready, self.scheme.granularity)
-        self._waiting.difference_update(done)
 
     def load_bias(
         self, layer: nn.Module, expert: int, projection: Projection, bias: Tensor, name: str
@@ -386,10 +400,11 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
     return found
 
 
-def has_finite_scales(layer: nn.Module) -> bool:
-    """Whether a GPU met neither NaN nor Inf in what it quantized into a layer."""
+def finite_scales(layer: nn.Module) -> Tensor:
+    """Whether a GPU met neither NaN nor Inf in what it quantized into a layer: bool [], there."""
     scales = [p for name, p in layer.named_parameters(recurse=False) if name.endswith("_scale")]
-    return all(bool(torch.isfinite(scale).all()) for scale in scales)
+    highest = [scale.amax() for scale in scales if scale.numel()]  # NaN, if there is one
+    return torch.isfinite(torch.stack(highest)).all() if highest else torch.tensor(True)
 
 
 def check_scale(scale: Tensor, name: str) -> None:

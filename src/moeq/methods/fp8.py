@@ -11,6 +11,7 @@ import torch
 from moeq.methods.base import OnlineMoEMethodBase, Projection
 from moeq.methods.matrices import Place
 from moeq.schemes import OnlineQuantScheme
+from moeq.span import Span
 
 
 class Fp8PerChannelOnlineMoEMethod(OnlineMoEMethodBase):
@@ -46,14 +47,14 @@ class Fp8PerTensorOnlineMoEMethod(OnlineMoEMethodBase):
         on_gpu = place.codes.is_cuda
         with self._pairing:
             if expert not in self._first:
-                copy = place.weight.to(place.codes.device).clone()
+                copy = place.weight.tensor().to(place.codes.device).clone()
                 done = torch.cuda.current_stream().record_event() if on_gpu else None
-                self._first[expert] = (place._replace(weight=copy), done)
+                self._first[expert] = (place._replace(weight=Span.of(copy)), done)
                 return []
             other, done = self._first.pop(expert)
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
-            other.weight.record_stream(torch.cuda.current_stream())
+            other.weight.base.record_stream(torch.cuda.current_stream())
         return [other, place]
 
     def expect_nothing(self) -> None:

@@ -14,6 +14,7 @@ from moeq.methods.matrices import Place, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
+from moeq.span import Span
 
 
 class OnlineLinearMethod:
@@ -55,7 +56,7 @@ class OnlineLinearMethod:
                 empty = torch.empty_like(parameter(layer, own), device=device)
                 setattr(layer, own, nn.Parameter(empty, requires_grad=False))
         codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
-        place = Place(weight, codes.data, scale.data, 0, 0, name)
+        place = Place(Span.of(weight), codes.data, scale.data, 0, 0, name)
         quantize_matrices([place], self.scheme.granularity)
         self._loaded = True
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from moeq.experts import scale_shape
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import Granularity
+from moeq.span import Span
 
 
 class Place(NamedTuple):
@@ -31,7 +32,7 @@ class Place(NamedTuple):
         name: of the tensor in the checkpoint, for messages.
     """
 
-    weight: Tensor
+    weight: Span
     codes: Tensor
     scales: Tensor
     at: int
@@ -50,13 +51,14 @@ def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None
         _on_gpu(places, granularity)
         return
     shared: dict[tuple[int, int], Tensor] = {}
-    places = [place._replace(weight=place.weight.to(place.codes.device)) for place in places]
     for place in places if granularity is Granularity.TENSOR else ():
-        mine = amax(place.weight, granularity)
-        check_finite(place.weight, mine, place.name)
+        weight = place.weight.tensor().to(place.codes.device)
+        mine = amax(weight, granularity)
+        check_finite(weight, mine, place.name)
         key = place.scales.data_ptr(), place.scale_at
         shared[key] = torch.maximum(shared[key], mine) if key in shared else mine
-    for weight, codes, scales, at, scale_at, name in places:
+    for span, codes, scales, at, scale_at, name in places:
+        weight = span.tensor().to(codes.device)
         if granularity is Granularity.TENSOR:
             group_amax = shared[scales.data_ptr(), scale_at]
         else:
@@ -72,13 +74,14 @@ def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None
 def _on_gpu(places: Sequence[Place], granularity: Granularity) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    alike: dict[tuple[int, torch.Size, torch.dtype], list[Place]] = {}
+    device = places[0].codes.device
+    alike: dict[tuple[int, tuple[int, ...], torch.dtype], list[Place]] = {}
     for place in places:
-        weight = place.weight
-        if weight.device != place.codes.device or not weight.is_contiguous():
-            weight = weight.to(place.codes.device, non_blocking=True).contiguous()
-            place = place._replace(weight=weight)
-        alike.setdefault((place.codes.data_ptr(), weight.shape, weight.dtype), []).append(place)
+        base, _, shape = place.weight
+        if base.device != device:
+            moved = place.weight.tensor().to(device, non_blocking=True)
+            place = place._replace(weight=Span.of(moved))
+        alike.setdefault((place.codes.data_ptr(), shape, base.dtype), []).append(place)
     for group in alike.values():
         weights, at = [p.weight for p in group], [(p.at, p.scale_at) for p in group]
         quantize_weights(weights, group[0].codes, group[0].scales, at, granularity)

@@ -24,6 +24,7 @@ from moeq.kernels import triton as backend
 from moeq.kernels.triton import gemm, gemv, layer, plans, routing, rows, weights
 from moeq.quantize import quantize_activations
 from moeq.schemes import OnlineQuantScheme
+from moeq.span import Span
 from tests.kernels.layers import random_weights, route
 
 _TYPES = {
@@ -120,7 +121,9 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
                 codes = torch.empty(256, wide, dtype=scheme.weight_dtype)
                 scales = torch.empty(scale_shape(scheme.granularity, (256, wide)))
                 matrix = torch.zeros(256, wide, dtype=torch.bfloat16)
-                weights.quantize_weights([matrix], codes, scales, [(0, 0)], scheme.granularity)
+                weights.quantize_weights(
+                    [Span.of(matrix)], codes, scales, [(0, 0)], scheme.granularity
+                )
     print(json.dumps(found))
 
 

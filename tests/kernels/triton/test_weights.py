@@ -17,6 +17,7 @@ from moeq.quantize import (
     scale_from_amax,
 )
 from moeq.schemes import Granularity, OnlineQuantScheme
+from moeq.span import Span
 from tests.kernels.triton.device import DEVICE, needs_gpu
 
 # The interpreter warns of NaN that the kernels pass on
@@ -30,7 +31,7 @@ EVERY_CODE = pytest.mark.parametrize("dtype", CODES, ids=str)
 def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    quantize_weights([weight], codes, scale, [(0, 0)], granularity)
+    quantize_weights([Span.of(weight)], codes, scale, [(0, 0)], granularity)
 
 
 def check(weight: Tensor, granularity: Granularity, dtype: torch.dtype) -> None:
@@ -85,7 +86,7 @@ def test_many_matrices_in_one_launch(
     # In no order: those that share a scale need not come one after the other
     order = [2, 0, 3, 1]
     quantize_weights(
-        [weights[i].to(DEVICE) for i in order],
+        [Span.of(weights[i].to(DEVICE)) for i in order],
         storage.view(dtype),
         scales,
         [places[i] for i in order],

@@ -25,6 +25,7 @@ from moeq.experts import scale_shape
 from moeq.kernels.triton.plans import FP8_CAPABILITY, gpu
 from moeq.kernels.triton.rows import BLOCK, encode, magnitude, scale_of
 from moeq.schemes import Granularity
+from moeq.span import Span
 
 _TILE = 1 << 14
 """Elements of a program where any number will do."""
@@ -39,7 +40,7 @@ def knows(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def quantize_weights(
-    weights: Sequence[Tensor],
+    weights: Sequence[Span],
     codes: Tensor,
     scales: Tensor,
     places: Sequence[tuple[int, int]],
@@ -48,7 +49,7 @@ def quantize_weights(
     """Quantize matrices into final storage.
 
     Args:
-        weights: [N, K] each, of one shape and dtype (fp16, bf16 or fp32), contiguous, on one GPU.
+        weights: [N, K] each, of one shape and dtype (fp16, bf16 or fp32), on one GPU.
         codes: int8 or fp8, contiguous; written.
         scales: fp32, contiguous; written.
         places: of every matrix, the elements of `codes` and of `scales` where its own begin: N * K,
@@ -59,21 +60,23 @@ def quantize_weights(
     n, k = weights[0].shape
     size, count = n * k, math.prod(scale_shape(granularity, (n, k)))
     assert codes.is_contiguous() and scales.is_contiguous()
-    assert all(0 <= at <= codes.numel() - size for at, _ in places), (codes.shape, n, k)
-    assert all(0 <= at <= scales.numel() - count for _, at in places), (scales.shape, n, k)
     if size == 0:
         for _, at in places:
             scales.view(-1)[at : at + count] = 1.0
         return
-    first = weights[0]
-    base, itemsize = first.data_ptr(), first.itemsize
+    first, shape = weights[0].base, weights[0].shape
+    dtype, start, itemsize = first.dtype, first.data_ptr(), first.itemsize
+    last, scale_last = codes.numel() - size, scales.numel() - count
     rows = []
+    bits = k
     for weight, (at, scale_at) in zip(weights, places):
-        assert weight.shape == first.shape and weight.dtype == first.dtype, weight.shape
-        assert weight.is_contiguous()
-        rows.append([(weight.data_ptr() - base) // itemsize, at, scale_at, 0])
-    # What lets the compiler move 16 bytes at a time
-    aligned = k % 16 == 0 and not any(row[0] % 16 or row[1] % 16 for row in rows)
+        base = weight.base
+        assert weight.shape == shape and base.dtype == dtype and base.is_contiguous()
+        assert 0 <= at <= last and 0 <= scale_at <= scale_last, (at, scale_at)
+        distance = (base.data_ptr() - start) // itemsize + weight.at
+        bits |= distance | at
+        rows.append([distance, at, scale_at, 0])
+    aligned = bits % 16 == 0  # what lets the compiler move 16 bytes at a time
     many = len(rows)
     words: dict[int, int] = {}
     if granularity is Granularity.TENSOR:
@@ -94,12 +97,12 @@ def quantize_weights(
                 grid = (triton.cdiv(k, 128), triton.cdiv(n, 128), many)
                 _blocks[grid](table, first, codes, scales, n, k, ALIGNED=aligned, num_warps=8)
             case Granularity.TENSOR:
-                bits = torch.zeros(len(words), dtype=torch.int32, device=codes.device)
+                highest = torch.zeros(len(words), dtype=torch.int32, device=codes.device)
                 tiles = triton.cdiv(size, _TILE)
                 each = (tiles, many)
-                _amax[each](table, first, bits, size, TILE=_TILE, ALIGNED=aligned, num_warps=8)
+                _amax[each](table, first, highest, size, TILE=_TILE, ALIGNED=aligned, num_warps=8)
                 _encode[each](
-                    table, first, codes, scales, bits, size,
+                    table, first, codes, scales, highest, size,
                     TILE=_TILE, ALIGNED=aligned, num_warps=8,
                 )  # fmt: skip
 
