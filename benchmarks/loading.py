@@ -189,8 +189,8 @@ def main() -> None:
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        runs = measure_all(args.one, args.folder, args.small, args.device, args.cold, args.rounds)
-        print(json.dumps(runs))
+        found = measure_all(args.one, args.folder, args.small, args.device, args.cold, args.rounds)
+        print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or args.keep or Path(made) / "checkpoint"
