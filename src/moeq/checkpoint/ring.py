@@ -23,7 +23,7 @@ from torch import Tensor
 from moeq.checkpoint.files import Files
 from moeq.checkpoint.stream import Chunk, Crew
 
-_PART = 8 << 20
+_PART = 16 << 20
 """Bytes that a reader takes at a time."""
 
 

@@ -44,10 +44,10 @@ Method = OnlineMoEMethodBase | OnlineLinearMethod
 _WINDOW = 1 << 30
 """Bytes of buffers at most, on the host and on a GPU each."""
 
-_MOST_WORKERS = 16
-"""Threads that read as fast as memory or a disk allows."""
+_MOST_WORKERS = 12
+"""Threads that read as fast as memory or a disk allows; more wait for Python's lock."""
 
-_RING = 256 << 20
+_RING = 384 << 20
 """Bytes of page-locked buffers: to lock them takes as long as to read ten times as many."""
 
 _GPU_CHUNK = 32 << 20
