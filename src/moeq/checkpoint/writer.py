@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,9 @@ def check_manifest(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing or has another size.
     """
-    path = folder / MANIFEST_NAME
-    if not path.exists():
+    if not (folder / MANIFEST_NAME).exists():
         return
-    try:
-        files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
-        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a manifest of moeq ({error!r})") from None
-    for name, size in sizes.items():
+    for name, (size, _) in _manifest(folder).items():
         if name.endswith(".safetensors"):
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
@@ -140,6 +135,49 @@ def check_manifest(folder: Path) -> None:
                 )
 
 
+def check_sums(folder: Path) -> None:
+    """That every byte of a folder that moeq wrote is the one that was written.
+
+    Raises:
+        CheckpointError: no manifest, a file too few or too many, or another size or SHA-256 sum.
+    """
+    entries = _manifest(folder)
+    found = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    if found != entries.keys():
+        name = min(found ^ entries.keys())
+        raise CheckpointError(f"{folder / name}: in the folder or its manifest, but not in both")
+    # Weights are in several files; hashing gives up Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = pool.map(lambda name: _sha256(folder / name), entries)
+        for (name, (_, expected)), digest in zip(entries.items(), sums):
+            if digest != expected:
+                raise CheckpointError(
+                    f"{folder / name}: its SHA-256 sum is not the one in {MANIFEST_NAME}"
+                )
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Of every file: bytes and SHA-256 sum."""
+    path = folder / MANIFEST_NAME
+    try:
+        files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a manifest of moeq ({error!r})") from None
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
 def _finish(folder: Path) -> None:
     """Modes by umask, a manifest, and everything on the disk."""
     umask = os.umask(0)
@@ -149,10 +187,9 @@ def _finish(folder: Path) -> None:
     for path in files:
         path.chmod(0o666 & ~umask)
         with open(path, "rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())
         name = path.relative_to(folder).as_posix()
-        entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = folder / MANIFEST_NAME
     with open(manifest, "w", encoding="utf-8") as text:
         json.dump({"files": entries}, text, indent=1)

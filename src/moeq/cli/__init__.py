@@ -15,6 +15,7 @@ import click
 
 from moeq import __version__
 from moeq.cli.backends import backends
+from moeq.cli.cache import cache
 from moeq.cli.demo import demo
 from moeq.cli.generate import generate
 from moeq.cli.plan import plan
@@ -31,7 +32,7 @@ def cli() -> None:
     """Quantize Mixture-of-Experts models while they load."""
 
 
-for _command in (demo, plan, generate, quantize, backends):
+for _command in (demo, plan, generate, quantize, cache, backends):
     cli.add_command(_command)
 
 

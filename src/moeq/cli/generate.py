@@ -24,6 +24,7 @@ _EPILOG = """\b
 Examples:
   moeq generate Qwen/Qwen3-30B-A3B -q int8_per_channel_weight_only --prompt Once
   moeq generate ./model -q fp8_per_channel --linear none --json --prompt Once
+  moeq generate ./model -q int8_per_channel_weight_only --cache --prompt Once
   moeq generate ./model --targets "re:.*experts=fp8_per_block" < prompt.txt
 \b
 Schemes:
@@ -64,6 +65,7 @@ def scheme_options(
 @click.option("--prompt", help="Text to continue; read from stdin where absent.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--cache", is_flag=True, help="Keep the quantized model for the next time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def generate(
     model: str,
@@ -75,6 +77,7 @@ def generate(
     prompt: str | None,
     max_new_tokens: int,
     device: str,
+    cache: bool,
     as_json: bool,
 ) -> None:
     """Load MODEL quantized and continue a prompt, greedily.
@@ -91,7 +94,9 @@ def generate(
         raise click.UsageError("the prompt is empty")
     if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
         raise click.UsageError("the prompt is not UTF-8 text")
-    result = _generate(model, config, prompt, max_new_tokens, device, stream=not as_json)
+    result = _generate(
+        model, config, prompt, max_new_tokens, device, cache=cache, stream=not as_json
+    )
     if as_json:
         click.echo(json.dumps(result, indent=2))
 
@@ -129,6 +134,7 @@ def _generate(
     max_new_tokens: int,
     device: str,
     *,
+    cache: bool,
     stream: bool,
 ) -> dict[str, Any]:
     import torch
@@ -154,7 +160,7 @@ def _generate(
     if length == 0:
         raise CheckpointError(f"{folder}: its tokenizer makes no tokens of the prompt")
     with bytes_bar(f"loading {Path(model_name).name}") as progress:
-        model = load(folder, config, device=device, progress=progress)
+        model = load(folder, config, device=device, cache=cache, progress=progress)
     report = report_of(model)
     for line in report.lines():
         click.echo(line, err=True)

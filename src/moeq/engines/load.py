@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from moeq.checkpoint.cache import cache_folder, entry_name, intact, making
 from moeq.checkpoint.headers import VARIANT, checkpoint_files
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import check_manifest
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
+from moeq.engines.save import save
 from moeq.engines.transformers import (
     MoeqHfQuantizer,
     Progress,
@@ -52,6 +56,7 @@ def load(
     quantization: str | OnlineQuantizationConfig | None = None,
     *,
     device: str = "cpu",
+    cache: bool = False,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -61,6 +66,8 @@ def load(
         model: a folder, or an id on the Hugging Face hub.
         quantization: a scheme's name or a config; None for a checkpoint that moeq saved.
         device: "cpu", "cuda", "cuda:1", ...
+        cache: keep the quantized model in `moeq.checkpoint.cache`, and take it from there next
+            time. A cache that cannot be written is a warning.
         progress: called with bytes read so far and bytes to read.
         kwargs: for `from_pretrained`.
 
@@ -73,15 +80,16 @@ def load(
     folder = resolve_model(model)
     entries = check_folder(folder)
     saved = entries.get("quantization_config") is not None
-    config = None
+    config: OnlineQuantizationConfig | None = None
     if quantization is not None:
         if saved:
             raise ConfigError(
                 f"{folder} is already quantized by moeq", hint="load it without a scheme"
             )
-        config = quantization
         if isinstance(quantization, str):
             config = OnlineQuantizationConfig.from_json(quantization)
+        else:
+            config = quantization
     elif not saved:
         known = ", ".join(scheme.value for scheme in OnlineQuantScheme)
         raise ConfigError(
@@ -91,10 +99,53 @@ def load(
         torch.device(device)
     except RuntimeError:
         raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
+    if cache and config is not None:
+        if config.backend is not None:
+            raise ConfigError("a cached model chooses its kernels itself: no backend with a cache")
+        recipe = {"quantization": config.to_dict(), "kwargs": {k: str(kwargs[k]) for k in kwargs}}
+        entry = cache_folder() / entry_name(folder, recipe)
+        return _cached(entry, folder, config, device, progress, kwargs)
+    return _load(folder, config, device, progress, kwargs)
+
+
+def _cached(
+    entry: Path,
+    folder: Path,
+    config: OnlineQuantizationConfig,
+    device: str,
+    progress: Progress | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """From the cache; or from the source, and into the cache."""
+    with contextlib.ExitStack() as alone:
+        try:
+            alone.enter_context(making(entry))
+        except CheckpointError as error:
+            warnings.warn(f"not cached: {error.message}", stacklevel=3)
+            return _load(folder, config, device, progress, kwargs)
+        if not intact(entry):
+            loaded = _load(folder, config, device, progress, kwargs)
+            try:
+                save(loaded, entry, max_shard_size="1GB")  # files are checked side by side
+            except (CheckpointError, OSError) as error:
+                warnings.warn(f"not cached: {error}", stacklevel=3)
+            return loaded
+    return _load(entry, None, device, progress, kwargs)
+
+
+def _load(
+    folder: Path,
+    config: OnlineQuantizationConfig | None,
+    device: str,
+    progress: Progress | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """`config` is None for what moeq saved."""
+    entries = check_folder(folder)
     register_with_transformers()
     # Two loads at once give wrong models: transformers changes global state while it builds one
     with _LOCK, reporting_to(progress), without_collections():
-        if saved:
+        if config is None:
             kwargs = {"variant": VARIANT} | kwargs
         return model_class(entries).from_pretrained(
             folder, quantization_config=config, device_map=device, **kwargs
