@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -14,6 +15,7 @@ _EPILOG = """\b
 Examples:
   moeq quantize Qwen/Qwen3-30B-A3B -q int8_per_channel_weight_only --out qwen3-int8
   moeq quantize ./model -q fp8_per_block --linear none --out ./model-fp8
+  moeq quantize ./model --moe int8_per_channel --format compressed-tensors --out ./for-vllm
 """
 
 
@@ -21,6 +23,14 @@ Examples:
 @click.argument("model")
 @scheme_options()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["moeq", "compressed-tensors"]),
+    default="moeq",
+    show_default=True,
+    help="moeq's own, which loads bit for bit; or one that vLLM reads.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
     model: str,
@@ -30,6 +40,7 @@ def quantize(
     ignore: tuple[str, ...],
     targets: tuple[str, ...],
     out: Path,
+    file_format: Literal["moeq", "compressed-tensors"],
     as_json: bool,
 ) -> None:
     """Quantize MODEL into the folder --out, which loads at once and bit for bit as MODEL would.
@@ -47,12 +58,13 @@ def quantize(
     quiet_transformers()
     started = time.perf_counter()
     with bytes_bar(f"quantizing {Path(model).name}") as progress:
-        plan = quantize_checkpoint(model, config, out, progress=progress)
+        plan = quantize_checkpoint(model, config, out, file_format=file_format, progress=progress)
     seconds = time.perf_counter() - started
     if as_json:
         result = {
             "model": model,
             "out": str(out),
+            "format": file_format,
             "quantization": config.to_dict(),
             "bytes_before": plan.checkpoint_bytes,
             "bytes_after": plan.final_bytes,

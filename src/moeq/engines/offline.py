@@ -2,7 +2,8 @@
 
 The same decisions and the same stream as a load; only that the storage into which experts are
 quantized is a file, mapped. What is not quantized is copied as it is stored. So the folder is the
-one that `moeq.save` writes after `moeq.load`, and the memory that it takes is the window of a load.
+one that `moeq.save` writes after `moeq.load`, or the same weights in compressed-tensors' format,
+and the memory that it takes is the window of a load.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeq.checkpoint.headers import (
-    QUANTIZED_INDEX,
-    QUANTIZED_SINGLE,
-    VARIANT,
     TensorSpec,
     checkpoint_files,
     read_headers,
@@ -28,6 +26,7 @@ from moeq.checkpoint.headers import (
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
+from moeq.engines.formats import FORMATS, Entry, Format, joined
 from moeq.engines.hf_routes import Decision, quantized_names
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan
 from moeq.engines.hf_structure import Target
@@ -36,13 +35,13 @@ from moeq.engines.planning import decision_for, empty_model
 from moeq.engines.save import copy_beside
 from moeq.errors import ConfigError
 from moeq.methods.base import parameter
-from moeq.plan import LoadPlan
+from moeq.plan import LayerPlan, LoadPlan
 
 SHARD_BYTES = 5 * 10**9
 
 _CPU = torch.device("cpu")
 
-_Entry = tuple[torch.dtype, tuple[int, ...]]
+FileFormat = Literal["moeq", "compressed-tensors"]
 
 
 def quantize_checkpoint(
@@ -50,6 +49,7 @@ def quantize_checkpoint(
     config: OnlineQuantizationConfig,
     out: str | Path,
     *,
+    file_format: FileFormat = "moeq",
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> LoadPlan:
@@ -59,11 +59,13 @@ def quantize_checkpoint(
         model: a folder, or an id on the Hugging Face hub.
         config: which scheme for which layer.
         out: a new folder; it appears once it is whole.
+        file_format: moeq's, or that of other programs, see `moeq.engines.formats`.
         progress: called with bytes read so far and bytes to read.
         shard_bytes: of a weight file, about; a layer is never cut.
 
     Raises:
-        MoeqError: as a load does; or the folder exists, or its disk is too small.
+        MoeqError: as a load does; or the folder exists, or its disk is too small; or the format
+            cannot hold the model.
     """
     folder = resolve_model(model)
     entries = check_folder(folder)
@@ -73,6 +75,10 @@ def quantize_checkpoint(
     empty = empty_model(folder)
     decision = decision_for(empty, specs, config)
     plan = load_plan(empty, decision, specs, LayerStream(empty, decision, {}, _CPU))
+    plans = {layer.shape.name: layer for layer in decision.routes.plans}
+    form = FORMATS[file_format]
+    form.check(plans)
+    quantization = form.config(decision.config, decision.targets, plans)
     read = 0
 
     def advance(nbytes: int) -> None:
@@ -89,48 +95,83 @@ def quantize_checkpoint(
     with new_folder(Path(out), plan.final_bytes) as staging:
         weight_map: dict[str, str] = {}
         for index, (targets, kept) in enumerate(shards):
-            name = QUANTIZED_SINGLE
-            if len(shards) > 1:
-                name = f"model.{VARIANT}-{index + 1:05}-of-{len(shards):05}.safetensors"
-            ours = {
-                (t, p): parameter(t.module, p) for t in targets for p in quantized_names(t.module)
-            }
-            layout: dict[str, _Entry] = {
-                f"{t.shape.name}.{p}": (meta.dtype, tuple(meta.shape))
-                for (t, p), meta in ours.items()
-            }
-            layout |= {spec.name: (spec.dtype, spec.shape) for spec in kept.values()}
-            tensors = map_shard(staging / name, layout)
-            for target, own in ours:
-                place = nn.Parameter(tensors[f"{target.shape.name}.{own}"], requires_grad=False)
-                setattr(target.module, own, place)
+            name = f"{form.stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
+            if len(shards) == 1:
+                name = form.single
+            shard = _Shard(targets, kept, form, plans)
+            tensors = shard.map(staging / name)
             stream = LayerStream(empty, _part(decision, targets), methods, _CPU, kept)
             stream.tensors.update({spec: tensors[spec] for spec in kept})
             stream.run(advance)
-            for (target, own), meta in ours.items():
-                setattr(target.module, own, meta)
-            weight_map.update(dict.fromkeys(layout, name))
+            shard.finish()
+            weight_map.update(dict.fromkeys(tensors, name))
         if len(shards) > 1:
             total = sum((staging / name).stat().st_size for name in set(weight_map.values()))
             index_entries = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write(staging / QUANTIZED_INDEX, index_entries)
-        _write(
-            staging / "config.json", entries | {"quantization_config": decision.config.to_dict()}
-        )
+            _write(staging / form.index, index_entries)
+        _write(staging / "config.json", entries | {"quantization_config": quantization})
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", staging / "generation_config.json")
         copy_beside(folder, staging)
     return plan
 
 
-_Shard = tuple[list[Target], dict[str, TensorSpec]]
+class _Shard:
+    """One file: its tensors become the parameters of layers, while those are quantized."""
+
+    def __init__(
+        self,
+        targets: list[Target],
+        kept: dict[str, TensorSpec],
+        form: Format,
+        plans: Mapping[str, LayerPlan],
+    ) -> None:
+        self._kept = kept
+        self._form = form
+        self._plans = plans
+        self._metas = {
+            (target, own): parameter(target.module, own)
+            for target in targets
+            for own in quantized_names(target.module)
+        }
+
+    def map(self, path: Path) -> dict[str, Tensor]:
+        """Make the file; its tensors by name."""
+        parts: dict[tuple[Target, str], list[str]] = {}
+        layout: dict[str, Entry] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for (target, own), meta in self._metas.items():
+            plan = self._plans[target.shape.name]
+            entries = self._form.tensors(plan, own, meta)
+            parts[target, own] = list(entries)
+            layout |= entries
+            shapes |= self._form.shapes(plan)
+        layout |= dict.fromkeys(shapes, (torch.int64, (2,)))
+        layout |= {spec.name: (spec.dtype, spec.shape) for spec in self._kept.values()}
+        tensors = map_shard(path, layout)
+        for name, shape in shapes.items():
+            tensors[name].copy_(torch.tensor(shape))
+        for (target, own), meta in self._metas.items():
+            mine = [tensors[name] for name in parts[target, own]]
+            whole = joined(mine, meta.dtype, tuple(meta.shape))
+            setattr(target.module, own, nn.Parameter(whole, requires_grad=False))
+        return tensors
+
+    def finish(self) -> None:
+        """Give the layers their parameters without memory back."""
+        for (target, own), meta in self._metas.items():
+            plan = self._plans[target.shape.name]
+            self._form.finish(plan, own, parameter(target.module, own))
+            setattr(target.module, own, meta)
 
 
-def _shards(decision: Decision, specs: Mapping[str, TensorSpec], limit: int) -> list[_Shard]:
+def _shards(
+    decision: Decision, specs: Mapping[str, TensorSpec], limit: int
+) -> list[tuple[list[Target], dict[str, TensorSpec]]]:
     """Layers and kept tensors, file by file."""
     plans = {plan.shape.name: plan for plan in decision.routes.plans}
     read = {source.spec.name for plan in plans.values() for source in plan.sources}
-    shards: list[_Shard] = [([], {})]
+    shards: list[tuple[list[Target], dict[str, TensorSpec]]] = [([], {})]
     size = 0
     items: list[tuple[int, Target | TensorSpec]] = [
         (plans[target.shape.name].final_bytes, target) for target in decision.targets

@@ -1,0 +1,200 @@
+"""compressed-tensors: another library's reading of our files gives our weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
+from safetensors.torch import load_file
+from torch import Tensor
+
+import moeq
+from moeq import OnlineQuantizationConfig
+from moeq.cli import cli
+from moeq.engines.offline import quantize_checkpoint
+from moeq.errors import CheckpointError, ConfigError, MoeqError
+from moeq.quantize import dequantize
+from moeq.schemes import Granularity, OnlineQuantScheme
+from tests.engines.models import BY_NAME, Architecture
+from tests.engines.tools import INT8, QWEN
+
+SCHEMES = [s for s in OnlineQuantScheme if s.granularity is not Granularity.TENSOR]
+EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.value)
+
+MIXTRAL = BY_NAME["mixtral"]
+"""Its projections are called w1, w2 and w3."""
+
+
+def exported(source: Path, out: Path, config: Any, **options: Any) -> dict[str, Tensor]:
+    quantize_checkpoint(source, config, out, file_format="compressed-tensors", **options)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def decompressed(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every quantized weight, by compressed-tensors."""
+    entries = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(entries)
+    compressor: Any = BaseCompressor.load_from_registry(entries["format"])
+    found = {}
+    for name in tensors:
+        base, dot, kind = name.rpartition(".weight_scale")
+        if not dot or kind:
+            continue
+        (group,) = [
+            group
+            for group in config.config_groups.values()
+            if any(match_name(base, target) for target in group.targets)
+        ]
+        parts = {n.removeprefix(f"{base}."): t for n, t in tensors.items() if n.startswith(base)}
+        if group.weights.strategy == "block":  # which the library has no compressor for
+            assert group.weights.block_structure == [128, 128]
+            codes, scale = parts["weight"], parts["weight_scale"]
+            found[base] = dequantize(codes, scale, Granularity.BLOCK, dtype=torch.float32)
+        else:
+            found[base] = compressor.decompress(parts, group)["weight"].float()
+    return found
+
+
+def expected(source: Path, config: Any, names: tuple[str, str, str]) -> dict[str, Tensor]:
+    """The same of a model that moeq loads."""
+    model = moeq.load(source, config)
+    found = {}
+    for layer, module in model.named_modules():
+        method = getattr(module, "_moeq_method", None)
+        if method is None:
+            continue
+        granularity = method.scheme.granularity
+        if hasattr(module, "weight_codes"):
+            found[layer] = dequantize(
+                module.weight_codes, module.weight_scale, granularity, dtype=torch.float32
+            )
+            continue
+        for expert in range(len(module.w2_codes)):
+            halves = module.w13_codes[expert].chunk(2), module.w13_scale[expert].chunk(2)
+            for name, codes, scale in (
+                (names[0], halves[0][0], halves[1][0]),
+                (names[1], halves[0][1], halves[1][1]),
+                (names[2], module.w2_codes[expert], module.w2_scale[expert]),
+            ):
+                key = f"{layer}.{expert}.{name}"
+                found[key] = dequantize(codes, scale, granularity, dtype=torch.float32)
+    return found
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, wanted[name]), name
+
+
+@EVERY_SCHEME
+def test_another_library_reads_the_weights_that_moeq_has(
+    scheme: OnlineQuantScheme, qwen: Path, tmp_path: Path
+) -> None:
+    config = OnlineQuantizationConfig(scheme)  # linears too, where the scheme covers them
+    tensors = exported(qwen, tmp_path / "out", config)
+    names = ("gate_proj", "up_proj", "down_proj")
+    assert_same(decompressed(tmp_path / "out", tensors), expected(qwen, config, names))
+
+
+@EVERY_SCHEME
+def test_names_of_projections_are_those_of_the_checkpoint(
+    scheme: OnlineQuantScheme, save: Callable[[Architecture], Path], tmp_path: Path
+) -> None:
+    source = save(MIXTRAL)
+    tensors = exported(source, tmp_path / "out", OnlineQuantizationConfig(moe=scheme))
+    (file,) = source.glob("*.safetensors")
+    before = load_file(file)
+    parts = {".weight_packed": ".weight", ".weight_shape": "", ".weight_scale": ""}
+    kept = set()
+    for name in tensors:
+        for ours, theirs in parts.items():
+            if name.endswith(ours):
+                name = name.removesuffix(ours) + theirs
+        kept.add(name)
+    assert before.keys() == {name for name in kept if name.endswith(("weight", "bias"))}
+    for name, tensor in before.items():
+        if ".experts." not in name:
+            assert torch.equal(tensors[name], tensor)
+    found = decompressed(tmp_path / "out", tensors)
+    for name, weight in found.items():
+        source_weight = before[f"{name}.weight"].float()
+        step = source_weight.abs().amax() / (127 if scheme.weight_dtype == torch.int8 else 16)
+        assert bool(((weight - source_weight).abs() <= step).all())
+
+
+def test_shards_have_an_index_of_the_usual_name(qwen: Path, tmp_path: Path) -> None:
+    config = OnlineQuantizationConfig(moe="int8_per_channel")
+    whole = exported(qwen, tmp_path / "one", config)
+    parts = exported(qwen, tmp_path / "many", config, shard_bytes=20_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == parts.keys() == whole.keys()
+    for name, tensor in parts.items():
+        assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8))
+        assert name in load_file(tmp_path / "many" / index["weight_map"][name])
+
+
+def test_weight_only_codes_are_packed_with_their_shape(qwen: Path, tmp_path: Path) -> None:
+    tensors = exported(qwen, tmp_path / "out", OnlineQuantizationConfig(INT8))
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    shape = tensors[f"{name}.weight_shape"].tolist()
+    assert tensors[f"{name}.weight_packed"].shape == (shape[0], shape[1] // 4)
+    assert f"{name}.weight" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        (QWEN, {"quantization": "fp8_per_tensor"}, "no experts with fp8_per_tensor"),
+        (BY_NAME["gpt_oss"], {"quantization": INT8}, "one by one and without biases"),
+        (
+            QWEN,
+            {"moe": "int8_per_channel", "linear": "fp8_per_channel"},
+            "cannot be float-quantized and int-quantized",
+        ),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
+    architecture: Architecture,
+    config: dict[str, str],
+    message: str,
+    save: Callable[[Architecture], Path],
+    tmp_path: Path,
+) -> None:
+    source = save(architecture)
+    with pytest.raises(MoeqError, match=message):
+        exported(source, tmp_path / "out", OnlineQuantizationConfig(**config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fused_checkpoints_are_refused(save: Callable[..., Path], tmp_path: Path) -> None:
+    source = save(QWEN, save_original_format=False)
+    with pytest.raises(MoeqError, match="one by one"):
+        exported(source, tmp_path / "out", OnlineQuantizationConfig(INT8))
+
+
+def test_moeq_does_not_take_it_for_its_own(qwen: Path, tmp_path: Path) -> None:
+    exported(qwen, tmp_path / "out", OnlineQuantizationConfig(moe="int8_per_channel"))
+    with pytest.raises(CheckpointError, match=r"already quantized \(compressed-tensors\)"):
+        moeq.load(tmp_path / "out")
+    with pytest.raises((CheckpointError, ConfigError)):
+        moeq.load(tmp_path / "out", INT8)
+
+
+def test_the_command(qwen: Path, tmp_path: Path) -> None:
+    words = ["quantize", str(qwen), "--moe", "int8_per_channel"]
+    words += ["--format", "compressed-tensors", "--out", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["format"] == "compressed-tensors"
