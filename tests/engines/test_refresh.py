@@ -155,6 +155,24 @@ def test_an_error_of_the_iterator_passes_through(
     assert_same_state(model, expected)
 
 
+def test_a_buffer_that_is_used_again_is_found_out(
+    refreshing: tuple[Any, list[tuple[str, Tensor]], Any],
+) -> None:
+    model, tensors, expected = refreshing
+    shape = dict(tensors)[EXPERT_WEIGHT].shape
+    buffer = torch.empty(shape, dtype=torch.bfloat16)
+
+    def through_one_buffer() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            yield name, buffer.copy_(tensor) if tensor.shape == shape else tensor
+
+    with pytest.raises(RefreshError, match="was written to before it was read"):
+        moeq.refresh(model, through_one_buffer())
+    with torch.inference_mode():
+        moeq.refresh(model, [(name, tensor.clone()) for name, tensor in tensors])
+    assert_same_state(model, expected)
+
+
 def test_copies_of_a_model_are_refreshed_apart(
     refreshing: tuple[Any, list[tuple[str, Tensor]], Any],
 ) -> None:

@@ -11,6 +11,7 @@ captured into a CUDA graph stays valid, and the result is the bytes of a fresh l
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterable
@@ -61,7 +62,8 @@ def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
     Args:
         model: that moeq loaded.
         tensors: (name in the original checkpoint, tensor), fp16, bf16 or fp32 on any device; every
-            tensor of the checkpoint once, in any order.
+            tensor of the checkpoint once, in any order. They keep their values until this returns:
+            several are quantized at once.
 
     Raises:
         RefreshError: a tensor is missing, twice, unknown, misshapen or not finite. What arrived
@@ -158,6 +160,7 @@ class _Refresh:
         self._bytes = 0
         self._batch: dict[str, list[Arrival]] = {}
         self._batched = 0
+        self._held: list[tuple[str, Tensor, int]] = []
 
     @torch.no_grad()
     def run(self, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
@@ -208,27 +211,39 @@ class _Refresh:
         if isinstance(method, OnlineLinearMethod):
             method.load(module, tensor, source.spec.name, method_device(module))
             return
-        experts = range(self._table.layers[layer].shape.num_experts)
-        stacked = source.expert is None
-        for expert in experts if stacked else (source.expert,):
+        whole = Span.of(tensor)
+        pieces = {source.expert: whole}
+        if source.expert is None:
+            shape = whole.shape[1:]
+            size = math.prod(shape)
+            pieces = {e: Span(whole.base, e * size, shape) for e in range(len(tensor))}
+        arrivals: list[Arrival] = []
+        for expert, piece in pieces.items():
             assert expert is not None
-            piece = tensor[expert] if stacked else tensor
-            arrivals = arrivals_of(source, expert, Span.of(piece))
-            if source.is_bias:
-                for index, part, bias, name in arrivals:
-                    method.load_bias(module, index, part, bias.tensor(), name)
-                continue
-            self._collect(layer, arrivals, piece)
+            arrivals += arrivals_of(source, expert, piece)
+        if not source.is_bias:
+            self._collect(layer, arrivals, tensor)
+            return
+        for index, part, bias, name in arrivals:
+            method.load_bias(module, index, part, bias.tensor(), name)
 
     def _collect(self, layer: str, arrivals: list[Arrival], tensor: Tensor) -> None:
         """Arrivals that are parts of one tensor."""
         self._batch.setdefault(layer, []).extend(arrivals)
+        self._held.append((arrivals[0][3], tensor, _version(tensor)))
         self._batched += tensor.nbytes
         if self._batched >= _BATCH:
             self._flush()
 
     def _flush(self) -> None:
         batch, self._batch, self._batched = self._batch, {}, 0
+        held, self._held = self._held, []
+        for name, tensor, version in held:
+            if _version(tensor) != version:
+                raise RefreshError(
+                    f"{name!r} was written to before it was read",
+                    hint="give every tensor memory of its own until refresh returns",
+                )
         for layer, arrivals in batch.items():
             method = self._methods[layer]
             assert isinstance(method, OnlineMoEMethodBase)
@@ -245,6 +260,11 @@ class _Refresh:
         for name, is_finite in finite.items():  # a GPU is asked once all that has been launched
             if not bool(is_finite):
                 raise RefreshError(f"{name}: NaN or Inf among the new weights")
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with every operator that writes to a tensor or to a view of it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def method_device(module: nn.Module) -> torch.device:
