@@ -124,14 +124,15 @@ def find_routes(
     kept: dict[str, list[Route]] = {}
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, wanted, state)
-        fed.update(fed_by(route, converter))
-        if not any(re.search(pattern, route.parameter) for pattern in fp32):
-            kept.setdefault(route.parameter, []).append(route)
-        for parameter in fed_by(route, converter):
+        parameters = fed_by(route, converter)
+        fed.update(parameters)
+        for parameter in parameters:
             if parameter in wanted:
                 by_parameter.setdefault(parameter, []).append(route)
                 if route.pattern is not None:
                     converters[parameter] = converter
+        if route.parameter not in wanted:
+            kept.setdefault(route.parameter, []).append(route)
     merged = tuple(p.rpartition(".")[0] for p in converters if wanted[p][0].shape.kind == "linear")
     targets = [target for target in targets if target.shape.name not in merged]
     claims, sources = {}, {}
@@ -160,8 +161,8 @@ def find_routes(
         for parameter, routes in kept.items()
         if len(routes) == 1
         and routes[0].pattern is None
-        and parameter not in wanted
         and type(state.get(parameter)) is Tensor
+        and not any(re.search(pattern, parameter) for pattern in fp32)
     }
     return Routes(
         tuple(plans),
