@@ -122,12 +122,16 @@ def find_routes(
     state = model.state_dict()
     fp32 = fp32_patterns(model)
     kept: dict[str, list[Route]] = {}
+    unknown = []
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, wanted, state)
-        fed.update(fed_by(route, converter))
+        feeds = fed_by(route, converter)
+        fed.update(feeds)
+        if state.keys().isdisjoint(feeds):
+            unknown.append(route)
         if not any(re.search(pattern, route.parameter) for pattern in fp32):
             kept.setdefault(route.parameter, []).append(route)
-        for parameter in fed_by(route, converter):
+        for parameter in feeds:
             if parameter in wanted:
                 by_parameter.setdefault(parameter, []).append(route)
                 if route.pattern is not None:
@@ -155,6 +159,7 @@ def find_routes(
         fed.update(f"{target.shape.name}.{name}" for name in original_names(target))
         plans.append(LayerPlan(target.shape, target.scheme, mine))
     check_rest(model, fed)
+    _check_unknown(model, unknown)
     plain = {
         parameter: routes[0]
         for parameter, routes in kept.items()
@@ -223,6 +228,32 @@ def check_rest(model: Any, fed: set[str]) -> None:
         )
 
 
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""What older checkpoints hold and models compute: transformers ignores it for every model."""
+
+
+def _check_unknown(model: Any, unknown: Iterable[Route]) -> None:
+    """No tensor is dropped, but for those that the model itself says it does without: layers that
+    predict further tokens, parts that another class has. Who names another class than config.json
+    does wants a part of the checkpoint."""
+    config = model.config
+    if type(model).__name__ not in (config.architectures or [type(model).__name__]):
+        return
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]
+    text = config.get_text_config()
+    layers = int(getattr(text, "num_hidden_layers", 0))
+    predicting = int(getattr(text, "num_nextn_predict_layers", None) or 0)
+    patterns += [rf"(^|\.)layers\.{layers + index}\." for index in range(predicting)]
+    for route in unknown:
+        spec = route.spec
+        if not any(re.search(p, name) for p in patterns for name in (spec.name, route.parameter)):
+            raise CheckpointError(
+                f"{spec.file.name}: {spec.name!r} is no tensor of {type(model).__name__} with"
+                f" {layers} layers, and would be dropped",
+                hint="config.json and checkpoint disagree, or the checkpoint is of another model",
+            )
+
+
 def saved_plans(
     model: nn.Module,
     targets: Iterable[Target],
@@ -247,11 +278,16 @@ def saved_plans(
         for name in quantized_names(target.module)
     }
     found, fed, state = {}, set(), model.state_dict()
+    unknown = []
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, ours, state)
         found[route.parameter] = route.spec
-        fed.update(fed_by(route, converter))
+        feeds = fed_by(route, converter)
+        fed.update(feeds)
+        if state.keys().isdisjoint(feeds):
+            unknown.append(route)
     check_rest(model, fed | ours)
+    _check_unknown(model, unknown)
     plans = []
     for target in targets:
         sources = []

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -29,7 +28,7 @@ from moeq.engines.transformers import (
     register_with_transformers,
     reporting_to,
 )
-from moeq.errors import CheckpointError, ConfigError, ModelError
+from moeq.errors import CheckpointError, ConfigError, ModelError, MoeqError
 from moeq.memory import without_collections
 from moeq.report import LoadReport
 from moeq.schemes import OnlineQuantScheme
@@ -96,9 +95,15 @@ def load(
     with _LOCK, reporting_to(progress), without_collections():
         if saved:
             kwargs = {"variant": VARIANT} | kwargs
-        return model_class(entries).from_pretrained(
-            folder, quantization_config=config, device_map=device, **kwargs
-        )
+        try:
+            return model_class(entries).from_pretrained(
+                folder, quantization_config=config, device_map=device, **kwargs
+            )
+        except MoeqError:
+            raise
+        except Exception:
+            empty_model(folder)  # if that fails too it says which config is to blame
+            raise
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -119,12 +124,15 @@ def check_folder(folder: Path) -> dict[str, Any]:
 def check_config(folder: Path) -> dict[str, Any]:
     """`check_folder` for a folder that holds config.json alone."""
     path = folder / "config.json"
+    hint = "get the model's own config.json; download it again"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         model_type = entries["model_type"]
         is_known = model_type in CONFIG_MAPPING
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the config of a model ({error!r})") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not the config of a model ({error!r})", hint=hint
+        ) from None
     if not is_known:
         raise CheckpointError(
             f"{path}: transformers {transformers.__version__} has no model type {model_type!r}",
@@ -140,10 +148,33 @@ def check_config(folder: Path) -> dict[str, Any]:
             )
     try:
         AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a config's code does with values it does not know
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: transformers does not take it: {reason}") from error
+        raise CheckpointError(
+            f"{path}: transformers does not take it: {reason}", hint=hint
+        ) from error
     return dict(entries)
+
+
+def empty_model(folder: Path) -> Any:
+    """The model of a folder on the meta device, in the dtype of its config.
+
+    Raises:
+        CheckpointError: its config describes none that can be made.
+    """
+    entries = check_config(folder)
+    config = AutoConfig.from_pretrained(folder)
+    kind = model_class(entries)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+    try:
+        with torch.device("meta"):
+            return make(config, dtype=dtype)
+    except Exception as error:  # whatever a model's code does with values it does not know
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no {kind.__name__} can be made of it: {error!r}",
+            hint="get the model's own config.json; download it again",
+        ) from error
 
 
 def model_class(entries: dict[str, Any]) -> Any:

@@ -31,8 +31,8 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision, quantized_names
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan
 from moeq.engines.hf_structure import Target
-from moeq.engines.load import check_folder
-from moeq.engines.planning import decision_for, empty_model
+from moeq.engines.load import check_folder, empty_model
+from moeq.engines.planning import decision_for
 from moeq.engines.save import copy_beside
 from moeq.errors import ConfigError
 from moeq.methods.base import parameter
