@@ -232,6 +232,13 @@ def _not_finite(found: Tensor) -> Tensor:
     return found
 
 
+def _too_large(found: Tensor) -> Tensor:
+    """As fp32 it is a number, as bf16 it is not; and 127 / 127 of it is not even that in fp32."""
+    found = found.float()
+    found[7, 5] = torch.finfo(torch.float32).max
+    return found
+
+
 _GET_AGAIN = "get it again"
 _RANGE = f"{EXPERT_WEIGHT!r} has impossible"
 _FUSED = torch.zeros(4, 48, 32, dtype=torch.bfloat16)
@@ -278,7 +285,10 @@ CASES = (
     Case(12, "hole", header(moved(64)), (SHARD, EXPERT_WEIGHT, "overlap or leave a", _GET_AGAIN)),
     Case(13, "negative sizes", tensor(shape=[-24, -32]), (SHARD, _RANGE, "-24", _GET_AGAIN)),
     Case(
-        13, "negative offsets", tensor(data_offsets=[-1536, 0]), (SHARD, _RANGE, "-1536", _GET_AGAIN)
+        13,
+        "negative offsets",
+        tensor(data_offsets=[-1536, 0]),
+        (SHARD, _RANGE, "-1536", _GET_AGAIN),
     ),
     Case(
         14,
@@ -415,6 +425,14 @@ CASES = (
         from_headers=False,
     ),
     Case(
+        41,
+        "scale overflows",
+        weight(_too_large),
+        (WHOLE, EXPERT_WEIGHT, "3.4028234", "at [7, 5]", "1 of 768", _GET_AGAIN),
+        in_shards=False,
+        from_headers=False,
+    ),
+    Case(
         43,
         "already quantized",
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -436,9 +454,7 @@ CASES = (
     Case(49, "size is text", config(hidden_size="wide"), ("config.json", "hidden_size")),
     Case(49, "size is null", config(hidden_size=None), ("config.json", "hidden_size")),
     Case(49, "model type is a list", config(model_type=["x"]), ("config.json", "not the config")),
-    Case(
-        49, "dtype is none", config(dtype="bfloat17"), ("config.json", "bfloat17")
-    ),
+    Case(49, "dtype is none", config(dtype="bfloat17"), ("config.json", "bfloat17")),
     Case(49, "top-k is text", config(num_experts_per_tok="two"), ("config.json", "num_experts")),
     Case(49, "activation is none", config(hidden_act="sill"), ("config.json", "sill")),
     Case(

@@ -76,7 +76,8 @@ def load(
     if quantization is not None:
         if saved:
             raise ConfigError(
-                f"{folder} is already quantized by moeq", hint="load it without a scheme"
+                f"{folder} is already quantized by moeq",
+                hint="load it without a scheme, or start from the unquantized checkpoint",
             )
         config = quantization
         if isinstance(quantization, str):
@@ -130,9 +131,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         model_type = entries["model_type"]
         is_known = model_type in CONFIG_MAPPING
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not the config of a model ({error!r})", hint=hint
-        ) from None
+        raise CheckpointError(f"{path}: not the config of a model ({error!r})", hint=hint) from None
     if not is_known:
         raise CheckpointError(
             f"{path}: transformers {transformers.__version__} has no model type {model_type!r}",

@@ -68,7 +68,9 @@ def quantize_checkpoint(
     folder = resolve_model(model)
     entries = check_folder(folder)
     if entries.get("quantization_config") is not None:
-        raise ConfigError(f"{folder} is already quantized by moeq")
+        raise ConfigError(
+            f"{folder} is already quantized by moeq", hint="start from the unquantized checkpoint"
+        )
     specs = read_headers(checkpoint_files(folder))
     empty = empty_model(folder)
     decision = decision_for(empty, specs, config)
