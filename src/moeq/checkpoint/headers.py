@@ -218,7 +218,9 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
                 )
             raw = handle.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
+        raise CheckpointError(
+            f"{file}: {error.strerror}", hint="check that it is there and may be read"
+        ) from error
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

@@ -35,6 +35,8 @@ from moeq.schemes import OnlineQuantScheme
 
 _LOCK = threading.Lock()
 
+_DOWNLOAD = "get the model's own file; download it again"
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -119,20 +121,22 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     checkpoint_files(folder)
     check_manifest(folder)
+    generation = folder / "generation_config.json"
+    if generation.exists():  # transformers does without one that it cannot read
+        _read_json(generation)
     return check_config(folder)
 
 
 def check_config(folder: Path) -> dict[str, Any]:
     """`check_folder` for a folder that holds config.json alone."""
     path = folder / "config.json"
-    hint = "get the model's own config.json; download it again"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        model_type = entries["model_type"]
-        is_known = model_type in CONFIG_MAPPING
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not the config of a model ({error!r})", hint=hint) from None
-    if not is_known:
+    entries = _read_json(path)
+    model_type = entries.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{path}: not the config of a model (its model_type is {model_type!r})", hint=_DOWNLOAD
+        )
+    if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: transformers {transformers.__version__} has no model type {model_type!r}",
             hint="a newer transformers may; moeq runs no code that ships with a checkpoint",
@@ -150,9 +154,21 @@ def check_config(folder: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a config's code does with values it does not know
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path}: transformers does not take it: {reason}", hint=hint
+            f"{path}: transformers does not take it: {reason}", hint=_DOWNLOAD
         ) from error
-    return dict(entries)
+    return entries
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not the config of a model ({error!r})", hint=_DOWNLOAD
+        ) from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: not the config of a model (no JSON object)", hint=_DOWNLOAD)
+    return entries
 
 
 def empty_model(folder: Path) -> Any:
@@ -172,7 +188,7 @@ def empty_model(folder: Path) -> Any:
     except Exception as error:  # whatever a model's code does with values it does not know
         raise CheckpointError(
             f"{folder / 'config.json'}: no {kind.__name__} can be made of it: {error!r}",
-            hint="get the model's own config.json; download it again",
+            hint=_DOWNLOAD,
         ) from error
 
 
