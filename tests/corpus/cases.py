@@ -2,7 +2,7 @@
 
     1-25    a shard that is no safetensors file, or whose header lies
     26-47   a folder whose files, tensors or numbers do not belong together
-    48-55   a config.json that describes no model, or another one
+    48-54   a config.json that describes no model, or another one
 
 Every case damages a copy of a good folder and says what the user must be told. A case that is no
 error by design is not in this table; `test_corpus` has a test of its own for each.
@@ -149,6 +149,16 @@ def index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], Any]:
     return damage
 
 
+def pipe(name: str) -> Callable[[Path], Any]:
+    """A file that never ends, and blocks whoever opens it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
 def config(**entries: Any) -> Callable[[Path], Any]:
     return lambda folder: amend(folder, entries)
 
@@ -181,11 +191,6 @@ def _twice(folder: Path) -> None:
 def _empty_but_huge(entries: Header) -> None:
     end = max(found["data_offsets"][1] for name, found in entries.items() if name[0] != "_")
     entries["huge"] = entry("U8", [0, 1 << 62], end, end)
-
-
-def _fifo(folder: Path) -> None:
-    (folder / SHARD).unlink()
-    os.mkfifo(folder / SHARD)
 
 
 def _folder_for_a_file(folder: Path) -> None:
@@ -329,12 +334,25 @@ CASES = (
     Case(
         20, "folder for a file", _folder_for_a_file, (WHOLE, "not a regular file"), in_shards=False
     ),
-    Case(20, "pipe for a file", _fifo, (SHARD, "not a regular file")),
+    Case(20, "pipe for a file", pipe(SHARD), (SHARD, "not a regular file")),
+    Case(20, "pipe for an index", pipe(INDEX), (INDEX, "not a regular file")),
     Case(21, "name twice", _twice, (SHARD, EXPERT_WEIGHT, "twice", _GET_AGAIN)),
     Case(22, "empty name", renamed(""), (SHARD, "name '' is empty", _GET_AGAIN)),
     Case(23, "NUL in a name", renamed("a\0b"), (SHARD, r"'a\x00b'", "control", _GET_AGAIN)),
     Case(23, "path for a name", renamed("../../a"), (SHARD, "'../../a'", "path", _GET_AGAIN)),
+    Case(
+        23,
+        "endless number in a name",
+        renamed(EXPERT_WEIGHT.replace(".3.", f".{'3' * 5000}.")),
+        (SHARD, "model.layers.0.mlp.experts.333", "5044 characters", _GET_AGAIN),
+    ),
     Case(24, "escape in a name", renamed("a\x1b[2J"), (SHARD, r"'a\x1b[2J'", "control")),
+    Case(
+        24,
+        "line end in a shard's name",
+        index(lambda found: found.update({EXPERT_WEIGHT: "a\nhint: b.safetensors"})),
+        (r"a\nhint: b.safetensors: missing", INDEX),
+    ),
     Case(25, "0 x 2^62", header(_empty_but_huge), (SHARD, "'huge' has impossible", str(1 << 62))),
     Case(
         26,
@@ -449,6 +467,9 @@ CASES = (
         in_shards=False,
     ),
     Case(48, "config is no JSON", config_text("{"), ("config.json", "not the config", "download")),
+    Case(48, "config is empty", config_text(""), ("config.json", "not the config")),
+    Case(48, "config is a number", config_text("7"), ("config.json", "not the config")),
+    Case(48, "config of nothing", config_text('{"hidden_size": 8}'), ("config.json", "model_type")),
     Case(48, "config 100,000 deep", config_text("[" * 100_000), ("config.json", "not the config")),
     Case(48, "config is a list", config_text("[]"), ("config.json", "not the config")),
     Case(49, "size is text", config(hidden_size="wide"), ("config.json", "hidden_size")),
@@ -479,6 +500,12 @@ CASES = (
     ),
     Case(53, "negative size", config(hidden_size=-32), ("config.json", "-32")),
     Case(53, "huge size", config(moe_intermediate_size=1 << 62), ("config.json",)),
+    Case(
+        53,
+        "huge number of layers",
+        config(num_hidden_layers=10**9, layer_types=None),
+        ("config.json", "num_hidden_layers is 1000000000", "at most 10000"),
+    ),
     Case(53, "negative layers", config(num_hidden_layers=-1), ("config.json",)),
     Case(53, "no heads", config(num_attention_heads=0), ("config.json",)),
     Case(54, "unknown model", config(model_type="gpt9"), ("config.json", "'gpt9'", "newer")),

@@ -144,13 +144,6 @@ def test_load_refuses_a_config(entries: dict[str, Any], says: str, qwen: Path) -
         moeq.load(qwen, INT8)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"hidden_size": 8}'])
-def test_load_refuses_what_is_no_config(text: str, qwen: Path) -> None:
-    (qwen / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="not the config of a model"):
-        moeq.load(qwen, INT8)
-
-
 def test_a_saved_checkpoint_with_a_scale_missing(qwen: Path, tmp_path: Path) -> None:
     moeq.save(moeq.load(qwen, INT8), tmp_path / "saved")
 

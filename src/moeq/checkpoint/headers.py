@@ -35,6 +35,9 @@ QUANTIZED_SINGLE = f"model.{VARIANT}.safetensors"
 _MAX_HEADER = 100 << 20
 """The format's own limit for the JSON header, in bytes."""
 
+_LONGEST_NAME = 1000
+"""Characters. Published ones have a tenth; numbers in longer ones take Python for ever to read."""
+
 _GET_AGAIN = "the file is damaged or was made wrong; get it again"
 _DOWNLOAD = "download the checkpoint again; it is incomplete, or mixed with another"
 
@@ -267,6 +270,10 @@ def spec_of(
     Raises:
         CheckpointError: whatever does not describe a tensor.
     """
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{file}: tensor name {name[:40]!r}... has {len(name)} characters", hint=_GET_AGAIN
+        )
     if not name or not name.isprintable():
         raise CheckpointError(
             f"{file}: tensor name {name!r} is empty or holds control characters", hint=_GET_AGAIN
@@ -299,7 +306,7 @@ def spec_of(
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(_regular(index).read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard whose name is not text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -341,9 +348,9 @@ def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} twice")
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise ValueError(f"key {name!r} twice")
+        entries[name] = value
     return entries

@@ -240,18 +240,27 @@ def _check_unknown(model: Any, unknown: Iterable[Route]) -> None:
     if type(model).__name__ not in (config.architectures or [type(model).__name__]):
         return
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]
-    text = config.get_text_config()
-    layers = int(getattr(text, "num_hidden_layers", 0))
-    predicting = int(getattr(text, "num_nextn_predict_layers", None) or 0)
-    patterns += [rf"(^|\.)layers\.{layers + index}\." for index in range(predicting)]
     for route in unknown:
         spec = route.spec
-        if not any(re.search(p, name) for p in patterns for name in (spec.name, route.parameter)):
+        ignored = any(re.search(p, n) for p in patterns for n in (spec.name, route.parameter))
+        if not ignored and not _predicts_further(config, route.parameter):
             raise CheckpointError(
-                f"{spec.file.name}: {spec.name!r} is no tensor of {type(model).__name__} with"
-                f" {layers} layers, and would be dropped",
+                f"{spec.file.name}: {spec.name!r} is no tensor of {type(model).__name__} as"
+                " config.json describes it, and would be dropped",
                 hint="config.json and checkpoint disagree, or the checkpoint is of another model",
             )
+
+
+def _predicts_further(config: Any, parameter: str) -> bool:
+    """Whether a parameter is of the layers that published checkpoints have after the model's own,
+    for predicting several tokens at once."""
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    further = getattr(text, "num_nextn_predict_layers", None)
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", parameter)
+    if layer is None or not isinstance(layers, int) or not isinstance(further, int):
+        return False
+    return layers <= int(layer[1]) < layers + further
 
 
 def saved_plans(

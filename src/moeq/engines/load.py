@@ -37,6 +37,9 @@ _LOCK = threading.Lock()
 
 _DOWNLOAD = "get the model's own file; download it again"
 
+_MOST_LAYERS = 10_000
+"""transformers makes an object of every layer, and more would take memory for nothing."""
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -122,7 +125,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     checkpoint_files(folder)
     check_manifest(folder)
     generation = folder / "generation_config.json"
-    if generation.exists():  # transformers does without one that it cannot read
+    if generation.is_file():  # transformers does without one that it cannot read
         _read_json(generation)
     return check_config(folder)
 
@@ -141,6 +144,13 @@ def check_config(folder: Path) -> dict[str, Any]:
             f"{path}: transformers {transformers.__version__} has no model type {model_type!r}",
             hint="a newer transformers may; moeq runs no code that ships with a checkpoint",
         )
+    for part in (entries, *entries.values()):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise CheckpointError(
+                f"{path}: num_hidden_layers is {layers}, expected at most {_MOST_LAYERS}",
+                hint=_DOWNLOAD,
+            )
     for part in (entries, entries.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, dict) else None
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
