@@ -373,6 +373,14 @@ CASES = (
         (INDEX, "weight_map", "download"),
     ),
     Case(
+        28,
+        "index whose metadata is null",
+        lambda folder: (folder / INDEX).write_text(
+            json.dumps(json.loads((folder / INDEX).read_text()) | {"metadata": None})
+        ),
+        (INDEX, "metadata", "download"),
+    ),
+    Case(
         29,
         "index leads up",
         _listed_as(lambda outside: f"../{outside.name}"),
@@ -476,6 +484,7 @@ CASES = (
     Case(49, "size is null", config(hidden_size=None), ("config.json", "hidden_size")),
     Case(49, "model type is a list", config(model_type=["x"]), ("config.json", "not the config")),
     Case(49, "dtype is none", config(dtype="bfloat17"), ("config.json", "bfloat17")),
+    Case(49, "dtype is a number", config(dtype=16), ("config.json", "dtype is 16")),
     Case(49, "top-k is text", config(num_experts_per_tok="two"), ("config.json", "num_experts")),
     Case(49, "activation is none", config(hidden_act="sill"), ("config.json", "sill")),
     Case(

@@ -184,7 +184,7 @@ def test_61_the_output_is_the_source(good: Path, tmp_path: Path, moeq: Run) -> N
 
 
 @pytest.mark.usefixtures("nothing_allocated")
-@pytest.mark.parametrize("what", ["folder", "file", "link to nowhere", "file above it"])
+@pytest.mark.parametrize("what", ["folder", "file", "link to nowhere", "file above it", "too long"])
 def test_62_the_output_exists(what: str, good: Path, tmp_path: Path, moeq: Run) -> None:
     out = tmp_path / "out"
     if what == "folder":
@@ -196,8 +196,10 @@ def test_62_the_output_exists(what: str, good: Path, tmp_path: Path, moeq: Run) 
         out.write_text("mine")
     if what == "file above it":
         out = out / "deeper"
+    if what == "too long":
+        out = out.parent / ("x" * 300)
     before = digests(tmp_path)
-    says = (str(tmp_path / "out"), "exists", "new folder")
+    says = (str(tmp_path), "too long" if what == "too long" else "exists", "new folder")
     refused(moeq("quantize", good / "whole", "-q", INT8, "--out", out), says)
     assert digests(tmp_path) == before
 

@@ -306,7 +306,10 @@ def spec_of(
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(_regular(index).read_text(encoding="utf-8"))["weight_map"]
+        entries = json.loads(_regular(index).read_text(encoding="utf-8"))
+        weight_map = entries["weight_map"]
+        if not isinstance(entries["metadata"], dict):  # transformers reads and changes it
+            raise TypeError("metadata that is no object")
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard whose name is not text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -49,18 +49,11 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         CheckpointError: the target exists, cannot be made or written, or its disk is too small.
     """
     target = target.expanduser()
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise CheckpointError(f"{target}: exists", hint="name a new folder, or remove this one")
-    absent = [folder for folder in target.parents if not folder.exists()]
-    parent = next(folder for folder in target.parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + _SPARE:
-        raise CheckpointError(
-            f"{parent}: {free / 1e9:.1f} GB free, {(nbytes + _SPARE) / 1e9:.1f} GB needed",
-            hint="make room, or name a folder on another disk",
-        )
     staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    absent: list[Path] = []
     try:
+        absent = [folder for folder in target.parents if not folder.exists()]
+        _check_target(target, nbytes)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
@@ -75,6 +68,19 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise _failure(error, staging, target) from error
         raise
+
+
+def _check_target(target: Path, nbytes: int) -> None:
+    """That nothing is there yet, and that there is room."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise CheckpointError(f"{target}: exists", hint="name a new folder, or remove this one")
+    parent = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + _SPARE:
+        raise CheckpointError(
+            f"{parent}: {free / 1e9:.1f} GB free, {(nbytes + _SPARE) / 1e9:.1f} GB needed",
+            hint=f"make room (killed runs leave .{target.name}.*.partial), or name another disk",
+        )
 
 
 def _failure(error: OSError, staging: Path, target: Path) -> CheckpointError:

@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
-    lines = [_printable(line) for line in str(message).splitlines()]
-    click.echo(f"warning: {chr(10).join(lines)}", err=True)
+    text = "\n".join(map(_printable, str(message).splitlines()))
+    click.echo(f"warning: {text}", err=True)
 
 
 def _fail(message: str, hint: str, code: int) -> None:

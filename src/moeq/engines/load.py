@@ -160,7 +160,9 @@ def check_config(folder: Path) -> dict[str, Any]:
                 hint="moeq starts from the unquantized checkpoint",
             )
     try:
-        AutoConfig.from_pretrained(folder)
+        dtype = AutoConfig.from_pretrained(folder).dtype
+        if not isinstance(dtype, torch.dtype | None):
+            raise TypeError(f"dtype is {dtype!r}")
     except Exception as error:  # whatever a config's code does with values it does not know
         reason = " ".join(str(error).split())
         raise CheckpointError(
