@@ -276,6 +276,12 @@ CASES = (
         lambda folder: write(folder / SHARD, b"{{{{"),
         (SHARD, "header is not JSON", _GET_AGAIN),
     ),
+    Case(
+        7,
+        "NaN in a header",
+        tensor(x=float("nan")),
+        (SHARD, "header is not JSON", "NaN", _GET_AGAIN),
+    ),
     Case(8, "header 100,000 deep", _deep, (SHARD, "header is not JSON", _GET_AGAIN)),
     Case(9, "cut off", cut(100), (SHARD, "tensors end at byte", "the file at", _GET_AGAIN)),
     Case(

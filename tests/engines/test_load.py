@@ -112,6 +112,7 @@ def test_load_wants_a_scheme_and_a_device(qwen: Path) -> None:
     [
         {"architectures": None},
         {"architectures": []},
+        {"architectures": 7},
         {"architectures": ["NoSuchModel"]},
         {"architectures": ["pipeline"]},  # of transformers, but no model
         {"quantization_config": None},

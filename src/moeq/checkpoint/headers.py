@@ -225,7 +225,7 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
             f"{file}: {error.strerror}", hint="check that it is there and may be read"
         ) from error
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: header is not JSON: {error}", hint=_GET_AGAIN) from None
     if not isinstance(header, dict):
@@ -348,6 +348,11 @@ def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
         raise CheckpointError(
             f"{specs[name].file}: tensor {name!r} is not in {index.name}", hint=_DOWNLOAD
         )
+
+
+def _no_constant(text: str) -> None:
+    """NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"{text} is no JSON")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -237,7 +237,8 @@ def _check_unknown(model: Any, unknown: Iterable[Route]) -> None:
     predict further tokens, parts that another class has. Who names another class than config.json
     does wants a part of the checkpoint."""
     config = model.config
-    if type(model).__name__ not in (config.architectures or [type(model).__name__]):
+    saved_from = config.architectures  # a careless config has none, or anything
+    if isinstance(saved_from, list) and saved_from and type(model).__name__ not in saved_from:
         return
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]
     for route in unknown:
