@@ -266,9 +266,26 @@ def test_nan_and_inf_are_refused_with_name_index_and_count(
     with pytest.raises(NonFiniteError) as caught:
         check_finite(weight, amax(weight, granularity), "layers.0.up_proj.weight")
     assert caught.value.message == (
-        f"layers.0.up_proj.weight: {value} at [1, 2, 3], 2 of 42000 values are NaN or Inf"
+        f"layers.0.up_proj.weight: {value} at [1, 2, 3],"
+        " 2 of 42000 values are NaN, Inf or above 3.39e+38"
     )
     assert "damaged" in caught.value.hint
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_what_bf16_cannot_hold_is_refused_and_what_it_can_stays_finite(
+    granularity: Granularity, dtype: torch.dtype
+) -> None:
+    weight = torch.full((3, 5), -torch.finfo(torch.bfloat16).max)
+    check_finite(weight, amax(weight, granularity), "fine")
+    scale = scale_from_amax(amax(weight, granularity), dtype)
+    codes = quantize(weight, scale, dtype, granularity)
+    for activations in (torch.float32, torch.bfloat16):
+        assert dequantize(codes, scale, granularity, dtype=activations).isfinite().all()
+    weight[1, 2] = torch.finfo(torch.float32).max
+    with pytest.raises(NonFiniteError, match=r"w: 3.4028\S* at \[1, 2\], 1 of 15 values"):
+        check_finite(weight, amax(weight, granularity), "w")
 
 
 @EVERY_GRANULARITY

@@ -212,7 +212,8 @@ def check_sources(shape: LayerShape, sources: Iterable[Source]) -> None:
                 if (expert, part, source.is_bias) not in wanted:
                     raise CheckpointError(
                         f"{source.spec.file.name}: {source.spec.name!r} is a second {part}"
-                        f" projection of expert {expert} of {shape.name}"
+                        f" projection of expert {expert} of {shape.name}",
+                        hint="the checkpoint has it twice, perhaps fused and one by one",
                     )
                 del wanted[expert, part, source.is_bias]
     if wanted:

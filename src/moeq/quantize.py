@@ -37,6 +37,10 @@ WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_MIN = torch.finfo(torch.float32).tiny
 """2^-126, the smallest normal fp32: below it a quotient loses bits or overflows."""
 
+LARGEST = torch.finfo(torch.bfloat16).max
+"""3.39e38. Above it a weight is Inf once it acts in bf16, and its code times its scale can be so in
+fp32 too; no such weight was ever trained."""
+
 _CHUNK = {"cpu": 1 << 18}
 """Elements worked on at a time, by device type, in whole rows or rows of blocks: on a CPU, what a
 core's second cache holds in fp32; with less, threads wait for Python's lock between operators."""
@@ -169,23 +173,23 @@ def quantize_activations(x: Tensor, scheme: OnlineQuantScheme) -> tuple[Tensor, 
 
 
 def check_finite(weight: Tensor, amax: Tensor, name: str) -> None:
-    """Refuse NaN and Inf, found through the amax of the weight.
+    """Refuse NaN, Inf and what is above `LARGEST`, found through the amax of the weight.
 
     Args:
-        weight: [..., N, K], looked through only where `amax` is not finite.
+        weight: [..., N, K], looked through only where `amax` is none of a good weight.
         amax: of `weight`, any granularity.
         name: of the tensor in the checkpoint, for the message.
 
     Raises:
         NonFiniteError: with name, index of the first bad element, and how many there are.
     """
-    if bool(torch.isfinite(amax).all()):
+    if bool((amax.float() <= LARGEST).all()):
         return
-    bad = ~torch.isfinite(weight)
+    bad = ~(weight.float().abs() <= LARGEST)
     first = torch.nonzero(bad)[0].tolist()
     raise NonFiniteError(
         f"{name}: {weight[tuple(first)].item()} at {first},"
-        f" {int(bad.sum())} of {weight.numel()} values are NaN or Inf",
+        f" {int(bad.sum())} of {weight.numel()} values are NaN, Inf or above {LARGEST:.3g}",
         hint="the checkpoint is damaged or was saved after a diverged step; get it again",
     )
 

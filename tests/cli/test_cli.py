@@ -140,16 +140,6 @@ def test_hub_id_offline_and_uncached(tmp_path: Path) -> None:
     refused(result, "someone/some-moe", "not in the local cache", "pass the path of a folder")
 
 
-def test_missing_shard_and_lfs_pointer(tmp_path: Path) -> None:
-    broken = tmp_path / "model"
-    shutil.copytree(model_folder(), broken)
-    shard = next(iter(sorted(broken.glob("*.safetensors"))))
-    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(moeq("generate", str(broken), "-q", INT8, "--prompt", "x"), shard.name, "git lfs pull")
-    shard.unlink()
-    refused(moeq("generate", str(broken), "-q", INT8, "--prompt", "x"), shard.name, "missing")
-
-
 def test_no_tokenizer(tmp_path: Path) -> None:
     broken = tmp_path / "model"
     shutil.copytree(model_folder(), broken)

@@ -15,7 +15,8 @@ from moeq.checkpoint import hub
 from moeq.checkpoint.headers import checkpoint_files, read_headers
 from moeq.cli import cli
 from moeq.embedded import model_folder
-from moeq.engines.planning import cache_bytes, empty_model, plan_load
+from moeq.engines.load import empty_model
+from moeq.engines.planning import cache_bytes, plan_load
 from moeq.errors import CheckpointError
 from moeq.schemes import OnlineQuantScheme
 

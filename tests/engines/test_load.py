@@ -112,6 +112,7 @@ def test_load_wants_a_scheme_and_a_device(qwen: Path) -> None:
     [
         {"architectures": None},
         {"architectures": []},
+        {"architectures": 7},
         {"architectures": ["NoSuchModel"]},
         {"architectures": ["pipeline"]},  # of transformers, but no model
         {"quantization_config": None},
@@ -141,13 +142,6 @@ def test_load_takes_a_careless_config(entries: dict[str, Any], qwen: Path) -> No
 def test_load_refuses_a_config(entries: dict[str, Any], says: str, qwen: Path) -> None:
     amend(qwen, entries)
     with pytest.raises(CheckpointError, match=rf"config\.json.*{says}"):
-        moeq.load(qwen, INT8)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"hidden_size": 8}'])
-def test_load_refuses_what_is_no_config(text: str, qwen: Path) -> None:
-    (qwen / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="not the config of a model"):
         moeq.load(qwen, INT8)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from moeq import oracle
 from moeq.config import OnlineQuantizationConfig
 from moeq.errors import BackendError, CheckpointError, ModelError, NonFiniteError
-from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.base import OnlineMoEMethodBase, finite_scales
 from moeq.quantize import QMAX, amax, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, stored
@@ -284,6 +284,33 @@ def test_a_layer_of_zeros_has_scales_of_one(scheme: OnlineQuantScheme) -> None:
         assert torch.equal(scale, torch.ones_like(scale))
     for codes in (layer.w13_codes, layer.w2_codes):
         assert bool((codes.float() == 0).all())
+
+
+@EVERY_SCHEME
+def test_experts_of_zeros_are_told_by_their_global_ids(scheme: OnlineQuantScheme) -> None:
+    method, layer = loaded(checkpoint(), scheme)
+    assert method.empty_experts(layer) == []
+    method._local = {4: 0, 7: 1, 9: 2}
+    for name in ("w13", "w2"):
+        layer.get_parameter(f"{name}_codes").data[1:].zero_()
+        layer.get_parameter(f"{name}_scale").data[1:] = 1
+    layer.w2_codes.data[2, -1, -1] = 3  # ones are also the scales of numbers up to qmax
+    assert method.empty_experts(layer) == [7]
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.finfo(torch.float32).max])
+def test_what_a_gpu_quantized_is_judged_by_its_scales(
+    scheme: OnlineQuantScheme, value: float
+) -> None:
+    _, layer = loaded(checkpoint(), scheme)
+    assert finite_scales(layer)
+    largest = torch.tensor([torch.finfo(torch.bfloat16).max, value])
+    good, bad = scale_from_amax(largest, scheme.weight_dtype)
+    layer.w2_scale.data.view(-1)[-1] = good
+    assert finite_scales(layer)
+    layer.w2_scale.data.view(-1)[-1] = bad
+    assert not finite_scales(layer)
 
 
 @EVERY_SCHEME

@@ -64,7 +64,8 @@ class Files:
                     self._stop.wait(0.1 * tries)
                     continue
                 raise CheckpointError(
-                    f"{file}: reading {name_at(at)!r} at byte {at}: {error.strerror}"
+                    f"{file}: reading {name_at(at)!r} at byte {at}: {error.strerror}",
+                    hint="the disk or network does not deliver; try again, or copy the file",
                 ) from error
             if count == 0:
                 raise CheckpointError(
@@ -80,7 +81,9 @@ class Files:
             try:
                 _compare(file, stamp, os.stat(file))
             except FileNotFoundError:
-                raise CheckpointError(f"{file}: removed while it was read") from None
+                raise CheckpointError(
+                    f"{file}: removed while it was read", hint="put it back and start again"
+                ) from None
 
     def close(self) -> None:
         for file in list(self._open):

@@ -3,7 +3,8 @@
 A file is `u64 length | JSON header | data`; the header maps names to dtype, shape and a byte range
 of the data (format: https://github.com/huggingface/safetensors). Everything is checked here, before
 memory is taken: a header that lies about its file, names in two shards, an index that disagrees
-with the shards. safetensors' own errors do not name the file; ours do.
+with the shards, files and links that lead out of the folder. safetensors' own errors do not name
+the file; ours do.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ QUANTIZED_SINGLE = f"model.{VARIANT}.safetensors"
 
 _MAX_HEADER = 100 << 20
 """The format's own limit for the JSON header, in bytes."""
+
+_LONGEST_NAME = 1000
+"""Characters. Published ones have a tenth; numbers in longer ones take Python for ever to read."""
+
+_GET_AGAIN = "the file is damaged or was made wrong; get it again"
+_DOWNLOAD = "download the checkpoint again; it is incomplete, or mixed with another"
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -101,7 +108,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
         for spec in _file_specs(file):
             if spec.name in specs:
                 raise CheckpointError(
-                    f"{file.name}: tensor {spec.name!r} is also in {specs[spec.name].file.name}"
+                    f"{file.name}: tensor {spec.name!r} is also in {specs[spec.name].file.name}",
+                    hint=_DOWNLOAD,
                 )
             specs[spec.name] = spec
     for name in (INDEX_NAME, QUANTIZED_INDEX):
@@ -116,7 +124,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
     Raises:
         CheckpointError: no config, no weights, weights only as pickle, a missing shard, a shard
-            outside the folder.
+            or a link outside the folder.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -124,16 +132,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: no config.json", hint="a model folder holds config.json and *.safetensors"
         )
+    _check_links(folder)
     names = ((SINGLE_NAME, INDEX_NAME), (QUANTIZED_SINGLE, QUANTIZED_INDEX))
     for single, index_name in names:
-        if (folder / single).is_file():  # where both are, transformers takes this one
-            return [folder / single]
+        if (folder / single).exists():  # where both are, transformers takes this one
+            return [_regular(folder / single)]
         index = folder / index_name
         if index.exists():
             return _listed(index)
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if found:
-        raise CheckpointError(f"{folder}: shards ({found[0]}, ...) without {INDEX_NAME}")
+        raise CheckpointError(
+            f"{folder}: shards ({found[0]}, ...) without {INDEX_NAME}", hint=_DOWNLOAD
+        )
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         raise CheckpointError(
@@ -149,19 +160,41 @@ def _listed(index: Path) -> list[Path]:
     shards = sorted(set(_weight_map(index).values()))
     for shard in shards:
         _check_shard_name(shard, index)
-        if not (folder / shard).is_file():
+        if not (folder / shard).exists():
             raise CheckpointError(
                 f"{folder / shard}: missing, though {index.name} lists it",
                 hint="download the checkpoint again; the first one was interrupted",
             )
-    return [folder / shard for shard in shards]
+    return [_regular(folder / shard) for shard in shards]
+
+
+def _check_links(folder: Path) -> None:
+    """That no file is a link out of the folder: what it leads to could be anybody's. The hub's
+    cache links snapshots/<revision>/<file> to blobs/<hash> of the same model."""
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.is_dir():
+            end = Path(os.path.realpath(path))  # `resolve` raises for a link to itself
+            if not (end.is_relative_to(root) or end.is_relative_to(blobs)):
+                raise CheckpointError(
+                    f"{path}: a link to {end}, outside of the folder",
+                    hint="copy the file itself into the folder",
+                )
+
+
+def _regular(file: Path) -> Path:
+    """The file, which a folder, pipe or device is not: those can block whoever opens them."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise CheckpointError(
+            f"{file}: not a regular file", hint="a folder, pipe or device is there; get the file"
+        )
+    return file
 
 
 def _file_specs(file: Path) -> Iterator[TensorSpec]:
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise CheckpointError(f"{file}: not a regular file")
-        with open(file, "rb") as handle:
+        with open(_regular(file), "rb") as handle:
             stamp = FileStamp.of(os.fstat(handle.fileno()))
             size = stamp.size
             head = handle.read(8)
@@ -170,24 +203,38 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
                     f"{file}: a git-lfs pointer, not the weights",
                     hint="run `git lfs pull` in its repository",
                 )
+            if head.lower().startswith((b"<!doctyp", b"<html")):
+                raise CheckpointError(
+                    f"{file}: an HTML page, not the weights",
+                    hint="download it again, logged in if the site asks for that",
+                )
             if len(head) < 8:
-                raise CheckpointError(f"{file}: {size} bytes, too short for a safetensors file")
+                raise CheckpointError(
+                    f"{file}: {size} bytes, too short for a safetensors file", hint=_GET_AGAIN
+                )
             (length,) = struct.unpack("<Q", head)
             if length > min(_MAX_HEADER, size - 8):
                 raise CheckpointError(
                     f"{file}: header of {length} bytes in a file of {size}: not safetensors,"
-                    " or cut off"
+                    " or cut off",
+                    hint=_GET_AGAIN,
                 )
             raw = handle.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
+        raise CheckpointError(
+            f"{file}: {error.strerror}", hint="check that it is there and may be read"
+        ) from error
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: header is not JSON: {error}") from None
+        raise CheckpointError(f"{file}: header is not JSON: {error}", hint=_GET_AGAIN) from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: header is not a JSON object")
-    header.pop("__metadata__", None)
+        raise CheckpointError(f"{file}: header is not a JSON object", hint=_GET_AGAIN)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"{file}: __metadata__ of the header is not an object of texts", hint=_GET_AGAIN
+        )
     start, end = 8 + length, 0
     ranges = []
     for name, entry in header.items():
@@ -197,13 +244,14 @@ def _file_specs(file: Path) -> Iterator[TensorSpec]:
         yield spec
     if start + end != size:
         raise CheckpointError(
-            f"{file}: tensors end at byte {start + end}, the file at {size}",
-            hint="it was cut off or appended to; get it again",
+            f"{file}: tensors end at byte {start + end}, the file at {size}", hint=_GET_AGAIN
         )
     at, before = 0, "the header"
     for begin, stop, name in sorted(ranges):
         if begin != at:
-            raise CheckpointError(f"{file}: bytes of {before} and {name!r} overlap or leave a gap")
+            raise CheckpointError(
+                f"{file}: bytes of {before} and {name!r} overlap or leave a gap", hint=_GET_AGAIN
+            )
         at, before = stop, repr(name)
 
 
@@ -222,21 +270,35 @@ def spec_of(
     Raises:
         CheckpointError: whatever does not describe a tensor.
     """
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{file}: tensor name {name[:40]!r}... has {len(name)} characters", hint=_GET_AGAIN
+        )
     if not name or not name.isprintable():
-        raise CheckpointError(f"{file}: tensor name {name!r} is empty or holds control characters")
+        raise CheckpointError(
+            f"{file}: tensor name {name!r} is empty or holds control characters", hint=_GET_AGAIN
+        )
+    if name.startswith("/") or ".." in name.split("/"):
+        raise CheckpointError(f"{file}: tensor name {name!r} is a path", hint=_GET_AGAIN)
     try:
         dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file}: entry of {name!r} is malformed") from None
+        raise CheckpointError(f"{file}: entry of {name!r} is malformed", hint=_GET_AGAIN) from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{file}: {name!r} has dtype {dtype!r}, which moeq does not read")
+        raise CheckpointError(
+            f"{file}: {name!r} has dtype {dtype!r}, which moeq does not read",
+            hint=f"moeq reads {', '.join(DTYPES)}",
+        )
     numbers = [*shape, begin, stop] if isinstance(shape, list) else [None]
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise CheckpointError(f"{file}: {name!r} has impossible shape or offsets {numbers}")
+        raise CheckpointError(
+            f"{file}: {name!r} has impossible shape or offsets {numbers}", hint=_GET_AGAIN
+        )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - begin != nbytes:
         raise CheckpointError(
-            f"{file}: {name!r} takes {stop - begin} bytes, its shape {shape} needs {nbytes}"
+            f"{file}: {name!r} takes {stop - begin} bytes, its shape {shape} needs {nbytes}",
+            hint=_GET_AGAIN,
         )
     spec = TensorSpec(name, DTYPES[dtype], tuple(shape), file, start + begin, nbytes, stamp)
     return spec, begin, stop
@@ -244,19 +306,27 @@ def spec_of(
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = json.loads(_regular(index).read_text(encoding="utf-8"))
+        weight_map = entries["weight_map"]
+        if not isinstance(entries["metadata"], dict):  # transformers reads and changes it
+            raise TypeError("metadata that is no object")
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard whose name is not text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not an index of shards ({error!r})") from None
+        raise CheckpointError(
+            f"{index}: not an index of shards ({error!r})", hint=_DOWNLOAD
+        ) from None
     if not weight_map:
-        raise CheckpointError(f"{index}: lists no tensors")
+        raise CheckpointError(f"{index}: lists no tensors", hint=_DOWNLOAD)
     return dict(weight_map)
 
 
 def _check_shard_name(shard: str, index: Path) -> None:
     if Path(shard).name != shard or not shard.endswith(".safetensors"):
-        raise CheckpointError(f"{index}: shard {shard!r} is not a file name of this folder")
+        raise CheckpointError(
+            f"{index}: shard {shard!r} is not a file name of this folder",
+            hint="a checkpoint's shards lie beside its index, as *.safetensors",
+        )
 
 
 def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
@@ -264,22 +334,33 @@ def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
     for name, shard in weight_map.items():
         if name not in specs:
             raise CheckpointError(
-                f"{index}: lists tensor {name!r}, which no shard holds (expected in {shard})"
+                f"{index}: lists tensor {name!r}, which no shard holds (expected in {shard})",
+                hint=_DOWNLOAD,
             )
         if specs[name].file.name != shard:
             raise CheckpointError(
-                f"{index}: says {name!r} is in {shard}, found in {specs[name].file.name}"
+                f"{index}: says {name!r} is in {shard}, found in {specs[name].file.name}",
+                hint=_DOWNLOAD,
             )
     extra = specs.keys() - weight_map.keys()
     if extra:
         name = min(extra)
-        raise CheckpointError(f"{specs[name].file}: tensor {name!r} is not in {index.name}")
+        raise CheckpointError(
+            f"{specs[name].file}: tensor {name!r} is not in {index.name}", hint=_DOWNLOAD
+        )
+
+
+def _no_constant(text: str) -> None:
+    """NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"{text} is no JSON")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {name!r} twice")
+            seen.add(name)
     return entries

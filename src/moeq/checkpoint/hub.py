@@ -26,10 +26,13 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder or id, or the hub cannot be reached and nothing is cached.
     """
-    folder = Path(model).expanduser()
-    if folder.exists():
-        return folder
     name = str(model)
+    try:
+        folder = Path(model).expanduser()
+        if folder.exists():
+            return folder
+    except (OSError, RuntimeError) as error:  # too long, not to be entered; ~ of nobody
+        raise CheckpointError(f"{name}: {error}", hint="check the path") from None
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"{name}: no such folder, and not an id on the hub (owner/name)",
@@ -43,7 +46,7 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
 def is_hub_id(model: str | Path) -> bool:
     """Whether this can only be fetched: no folder of that name, and the form owner/name."""
-    return not Path(model).expanduser().exists() and bool(_HUB_ID.fullmatch(str(model)))
+    return bool(_HUB_ID.fullmatch(str(model))) and not Path(model).exists()
 
 
 def remote_headers(name: str, revision: str | None = None) -> tuple[Path, dict[str, TensorSpec]]:

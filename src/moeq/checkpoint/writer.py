@@ -1,16 +1,19 @@
 """A folder that appears whole or not at all.
 
 Everything is written beside the target, brought to the disk, described by a manifest of sizes and
-SHA-256 sums, and renamed into place last: a crash, a full disk or Ctrl-C leaves what was there.
+SHA-256 sums, and renamed into place last: a crash, a full disk or Ctrl-C leaves what was there. A
+process that is killed leaves `.<name>.<random>.partial` beside the target, which nothing reads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -32,6 +35,8 @@ _ALIGNMENT = 64
 _SPARE = 64 << 20
 """Bytes asked for beyond what the weights take: config, tokenizer, headers."""
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextlib.contextmanager
 def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
@@ -42,32 +47,59 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         nbytes: that will be written, about.
 
     Raises:
-        CheckpointError: the target exists, cannot be made, or its disk is too small.
+        CheckpointError: the target exists, cannot be made or written, or its disk is too small.
     """
     target = target.expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists", hint="name a new folder, or remove this one")
-    staging = target.parent / f".{target.name}.{os.getpid()}.partial"
+    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    absent: list[Path] = []
     try:
+        absent = [folder for folder in target.parents if not folder.exists()]
+        _check_target(target, nbytes)
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < nbytes + _SPARE:
-            raise CheckpointError(
-                f"{target.parent}: {free / 1e9:.1f} GB free,"
-                f" {(nbytes + _SPARE) / 1e9:.1f} GB needed"
-            )
         staging.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"{target}: {error.strerror}") from error
-    try:
         yield staging
         _finish(staging)
-        if target.exists():
-            target.rmdir()
-        staging.rename(target)
+        staging.rename(target)  # also over an empty folder
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in absent:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise _failure(error, staging, target) from error
+        raise
+
+
+def _check_target(target: Path, nbytes: int) -> None:
+    """That nothing is there yet, and that there is room."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise CheckpointError(f"{target}: exists", hint="name a new folder, or remove this one")
+    parent = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + _SPARE:
+        raise CheckpointError(
+            f"{parent}: {free / 1e9:.1f} GB free, {(nbytes + _SPARE) / 1e9:.1f} GB needed",
+            hint=f"make room (killed runs leave .{target.name}.*.partial), or name another disk",
+        )
+
+
+def _failure(error: OSError, staging: Path, target: Path) -> CheckpointError:
+    """What the system said of a file that was being written, or of the folder."""
+    place = str(error.filename or target).replace(str(staging), str(target))
+    hint = "name a new folder where you may write"
+    if error.errno in _NO_ROOM:
+        hint = "make room, or name a folder on another disk; what was written is removed again"
+    return CheckpointError(f"{place}: {error.strerror or error}", hint=hint)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system name the file: those of writes to an open one do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -102,7 +134,7 @@ def map_shard(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
     start = 8 + len(raw)
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         if end:
             os.posix_fallocate(file.fileno(), start, end)  # a full disk shows here
@@ -186,12 +218,12 @@ def _finish(folder: Path) -> None:
     entries = {}
     for path in files:
         path.chmod(0o666 & ~umask)
-        with open(path, "rb") as handle:
+        with naming(path), open(path, "rb") as handle:
             os.fsync(handle.fileno())
         name = path.relative_to(folder).as_posix()
         entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = folder / MANIFEST_NAME
-    with open(manifest, "w", encoding="utf-8") as text:
+    with naming(manifest), open(manifest, "w", encoding="utf-8") as text:
         json.dump({"files": entries}, text, indent=1)
         text.flush()
         os.fsync(text.fileno())

@@ -58,7 +58,8 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
-    click.echo(f"warning: {_printable(str(message))}", err=True)
+    text = "\n".join(map(_printable, str(message).splitlines()))
+    click.echo(f"warning: {text}", err=True)
 
 
 def _fail(message: str, hint: str, code: int) -> None:
@@ -69,5 +70,6 @@ def _fail(message: str, hint: str, code: int) -> None:
 
 
 def _printable(text: str) -> str:
-    """File and tensor names come from strangers: none of their escapes reaches a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    """File and tensor names come from strangers: none of their escapes reaches a terminal, and none
+    of their line ends begins a line that looks like ours."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

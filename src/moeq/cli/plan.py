@@ -96,8 +96,8 @@ def make_plan(
     from moeq.checkpoint.headers import checkpoint_files, read_headers
     from moeq.checkpoint.hub import is_hub_id, remote_headers, resolve_model
     from moeq.checkpoint.probe import read_rate
-    from moeq.engines.load import check_config, check_folder
-    from moeq.engines.planning import cache_bytes, empty_model, plan_load
+    from moeq.engines.load import check_config, check_folder, empty_model
+    from moeq.engines.planning import cache_bytes, plan_load
 
     quiet_transformers()
     rate = None

@@ -122,11 +122,14 @@ def find_routes(
     state = model.state_dict()
     fp32 = fp32_patterns(model)
     kept: dict[str, list[Route]] = {}
+    unknown = []
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, wanted, state)
-        parameters = fed_by(route, converter)
-        fed.update(parameters)
-        for parameter in parameters:
+        feeds = fed_by(route, converter)
+        fed.update(feeds)
+        if state.keys().isdisjoint(feeds):
+            unknown.append(route)
+        for parameter in feeds:
             if parameter in wanted:
                 by_parameter.setdefault(parameter, []).append(route)
                 if route.pattern is not None:
@@ -156,6 +159,7 @@ def find_routes(
         fed.update(f"{target.shape.name}.{name}" for name in original_names(target))
         plans.append(LayerPlan(target.shape, target.scheme, mine))
     check_rest(model, fed)
+    _check_unknown(model, unknown)
     plain = {
         parameter: routes[0]
         for parameter, routes in kept.items()
@@ -224,6 +228,42 @@ def check_rest(model: Any, fed: set[str]) -> None:
         )
 
 
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""What older checkpoints hold and models compute: transformers ignores it for every model."""
+
+
+def _check_unknown(model: Any, unknown: Iterable[Route]) -> None:
+    """No tensor is dropped, but for those that the model itself says it does without: layers that
+    predict further tokens, parts that another class has. Who names another class than config.json
+    does wants a part of the checkpoint."""
+    config = model.config
+    saved_from = config.architectures  # a careless config has none, or anything
+    if isinstance(saved_from, list) and saved_from and type(model).__name__ not in saved_from:
+        return
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]
+    for route in unknown:
+        spec = route.spec
+        ignored = any(re.search(p, n) for p in patterns for n in (spec.name, route.parameter))
+        if not ignored and not _predicts_further(config, route.parameter):
+            raise CheckpointError(
+                f"{spec.file.name}: {spec.name!r} is no tensor of {type(model).__name__} as"
+                " config.json describes it, and would be dropped",
+                hint="config.json and checkpoint disagree, or the checkpoint is of another model",
+            )
+
+
+def _predicts_further(config: Any, parameter: str) -> bool:
+    """Whether a parameter is of the layers that published checkpoints have after the model's own,
+    for predicting several tokens at once."""
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    further = getattr(text, "num_nextn_predict_layers", None)
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", parameter)
+    if layer is None or not isinstance(layers, int) or not isinstance(further, int):
+        return False
+    return layers <= int(layer[1]) < layers + further
+
+
 def saved_plans(
     model: nn.Module,
     targets: Iterable[Target],
@@ -248,11 +288,16 @@ def saved_plans(
         for name in quantized_names(target.module)
     }
     found, fed, state = {}, set(), model.state_dict()
+    unknown = []
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, ours, state)
         found[route.parameter] = route.spec
-        fed.update(fed_by(route, converter))
+        feeds = fed_by(route, converter)
+        fed.update(feeds)
+        if state.keys().isdisjoint(feeds):
+            unknown.append(route)
     check_rest(model, fed | ours)
+    _check_unknown(model, unknown)
     plans = []
     for target in targets:
         sources = []

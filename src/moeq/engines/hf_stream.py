@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,7 @@ class LayerStream:
             self._feed_gpu(self._ring, on_bytes)
         else:
             stream(self._chunks, self._use, workers=self.workers, on_bytes=on_bytes)
+        self._warn_of_empty_experts()
 
     def _feed_gpu(self, ring: Ring, on_bytes: Callable[[int], None]) -> None:
         """One copy of every chunk, then its pieces, on one of some streams in turn."""
@@ -218,6 +220,19 @@ class LayerStream:
                 if isinstance(piece.key, _Quantized) and piece.key.target is target:
                     tensor, source = read_piece(piece), piece.key.source
                     check_finite(tensor, tensor.abs().amax(), where(source))
+
+    def _warn_of_empty_experts(self) -> None:
+        """Zeros are numbers, but an expert of nothing else was never trained, or lost."""
+        for target in self._targets:
+            method = self._methods[target.shape.name]
+            if isinstance(method, OnlineMoEMethodBase):
+                empty = method.empty_experts(target.module)
+                if empty:
+                    warnings.warn(
+                        f"{target.shape.name}: every weight is zero in expert {empty[0]}"
+                        + (f" and {len(empty) - 1} more" if len(empty) > 1 else ""),
+                        stacklevel=2,
+                    )
 
 
 Arrival = tuple[int, Any, Span, str]

@@ -114,7 +114,8 @@ def _check_top_k(name: str, module: Any) -> None:
     shape, _ = experts_shape(name, module)
     if isinstance(top_k, int) and not 1 <= top_k <= shape.num_experts:
         raise CheckpointError(
-            f"config.json: num_experts_per_tok is {top_k}, {name} has {shape.num_experts} experts"
+            f"config.json: num_experts_per_tok is {top_k}, {name} has {shape.num_experts} experts",
+            hint=f"expected 1 to {shape.num_experts}; get the model's own config.json",
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -33,12 +32,17 @@ from moeq.engines.transformers import (
     register_with_transformers,
     reporting_to,
 )
-from moeq.errors import CheckpointError, ConfigError, ModelError
+from moeq.errors import CheckpointError, ConfigError, ModelError, MoeqError
 from moeq.memory import without_collections
 from moeq.report import LoadReport
 from moeq.schemes import OnlineQuantScheme
 
 _LOCK = threading.Lock()
+
+_DOWNLOAD = "get the model's own file; download it again"
+
+_MOST_LAYERS = 10_000
+"""transformers makes an object of every layer, and more would take memory for nothing."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,7 +88,8 @@ def load(
     if quantization is not None:
         if saved:
             raise ConfigError(
-                f"{folder} is already quantized by moeq", hint="load it without a scheme"
+                f"{folder} is already quantized by moeq",
+                hint="load it without a scheme, or start from the unquantized checkpoint",
             )
         if isinstance(quantization, str):
             config = OnlineQuantizationConfig.from_json(quantization)
@@ -147,9 +152,15 @@ def _load(
     with _LOCK, reporting_to(progress), without_collections():
         if config is None:
             kwargs = {"variant": VARIANT} | kwargs
-        return model_class(entries).from_pretrained(
-            folder, quantization_config=config, device_map=device, **kwargs
-        )
+        try:
+            return model_class(entries).from_pretrained(
+                folder, quantization_config=config, device_map=device, **kwargs
+            )
+        except MoeqError:
+            raise
+        except Exception:
+            empty_model(folder)  # if that fails too it says which config is to blame
+            raise
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -164,23 +175,33 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     checkpoint_files(folder)
     check_manifest(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # transformers does without one that it cannot read
+        _read_json(generation)
     return check_config(folder)
 
 
 def check_config(folder: Path) -> dict[str, Any]:
     """`check_folder` for a folder that holds config.json alone."""
     path = folder / "config.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        model_type = entries["model_type"]
-        is_known = model_type in CONFIG_MAPPING
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the config of a model ({error!r})") from None
-    if not is_known:
+    entries = _read_json(path)
+    model_type = entries.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{path}: not the config of a model (its model_type is {model_type!r})", hint=_DOWNLOAD
+        )
+    if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: transformers {transformers.__version__} has no model type {model_type!r}",
             hint="a newer transformers may; moeq runs no code that ships with a checkpoint",
         )
+    for part in (entries, *entries.values()):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise CheckpointError(
+                f"{path}: num_hidden_layers is {layers}, expected at most {_MOST_LAYERS}",
+                hint=_DOWNLOAD,
+            )
     for part in (entries, entries.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, dict) else None
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
@@ -190,11 +211,48 @@ def check_config(folder: Path) -> dict[str, Any]:
                 hint="moeq starts from the unquantized checkpoint",
             )
     try:
-        AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        dtype = AutoConfig.from_pretrained(folder).dtype
+        if not isinstance(dtype, torch.dtype | None):
+            raise TypeError(f"dtype is {dtype!r}")
+    except Exception as error:  # whatever a config's code does with values it does not know
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: transformers does not take it: {reason}") from error
-    return dict(entries)
+        raise CheckpointError(
+            f"{path}: transformers does not take it: {reason}", hint=_DOWNLOAD
+        ) from error
+    return entries
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not the config of a model ({error!r})", hint=_DOWNLOAD
+        ) from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: not the config of a model (no JSON object)", hint=_DOWNLOAD)
+    return entries
+
+
+def empty_model(folder: Path) -> Any:
+    """The model of a folder on the meta device, in the dtype of its config.
+
+    Raises:
+        CheckpointError: its config describes none that can be made.
+    """
+    entries = check_config(folder)
+    config = AutoConfig.from_pretrained(folder)
+    kind = model_class(entries)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+    try:
+        with torch.device("meta"):
+            return make(config, dtype=dtype)
+    except Exception as error:  # whatever a model's code does with values it does not know
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no {kind.__name__} can be made of it: {error!r}",
+            hint=_DOWNLOAD,
+        ) from error
 
 
 def model_class(entries: dict[str, Any]) -> Any:

@@ -30,8 +30,8 @@ from moeq.engines.formats import FORMATS, Entry, Format, joined
 from moeq.engines.hf_routes import Decision, quantized_names
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan
 from moeq.engines.hf_structure import Target
-from moeq.engines.load import check_folder
-from moeq.engines.planning import decision_for, empty_model
+from moeq.engines.load import check_folder, empty_model
+from moeq.engines.planning import decision_for
 from moeq.engines.save import copy_beside
 from moeq.errors import ConfigError
 from moeq.methods.base import parameter
@@ -70,7 +70,9 @@ def quantize_checkpoint(
     folder = resolve_model(model)
     entries = check_folder(folder)
     if entries.get("quantization_config") is not None:
-        raise ConfigError(f"{folder} is already quantized by moeq")
+        raise ConfigError(
+            f"{folder} is already quantized by moeq", hint="start from the unquantized checkpoint"
+        )
     specs = read_headers(checkpoint_files(folder))
     empty = empty_model(folder)
     decision = decision_for(empty, specs, config)

@@ -6,37 +6,21 @@ before the first byte; so what is printed here is what a load holds itself to.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision, decide
 from moeq.engines.hf_stream import LayerStream, load_plan
 from moeq.engines.hf_structure import find_targets
-from moeq.engines.load import model_class
 from moeq.plan import LoadPlan
 
 logger = logging.getLogger(__name__)
-
-
-def empty_model(folder: Path) -> Any:
-    """The model of a folder on the meta device, in the dtype of its config."""
-    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(folder)
-    kind = model_class(entries)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    with torch.device("meta"):
-        if kind is AutoModelForCausalLM:
-            return kind.from_config(config, dtype=dtype)
-        return kind._from_config(config, dtype=dtype)
 
 
 def decision_for(
@@ -58,7 +42,7 @@ def plan_load(
     """The plans that loading `model` under `config` would follow, by device.
 
     Args:
-        model: see `empty_model`.
+        model: see `moeq.engines.load.empty_model`.
         specs: of its checkpoint.
         config: which scheme for which layer.
         devices: where it would run; they need not be there.

@@ -6,9 +6,13 @@ opens the folder without moeq gets an error, and not codes for weights.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from moeq.checkpoint.headers import VARIANT
 from moeq.checkpoint.writer import new_folder
@@ -51,10 +55,21 @@ def save(model: Any, folder: str | Path, *, max_shard_size: str | int = "5GB") -
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, nbytes) as staging:
         with saving():
-            model.save_pretrained(staging, variant=VARIANT, max_shard_size=max_shard_size)
+            _save_pretrained(model, staging, max_shard_size)
         source = Path(str(getattr(model, "name_or_path", "")))
         if source.is_dir():
             copy_beside(source, staging)
+
+
+def _save_pretrained(model: Any, staging: Path, max_shard_size: str | int) -> None:
+    try:
+        model.save_pretrained(staging, variant=VARIANT, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        # "... I/O error: No space left on device (os error 28)" is all that it says of the system's
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def copy_beside(source: Path, target: Path) -> None:

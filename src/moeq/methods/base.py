@@ -31,7 +31,7 @@ from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.methods.matrices import Place, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
-from moeq.quantize import WEIGHT_DTYPES, check_finite
+from moeq.quantize import LARGEST, QMAX, WEIGHT_DTYPES, check_finite
 from moeq.schemes import Granularity, OnlineQuantScheme
 from moeq.span import Span
 
@@ -130,6 +130,17 @@ class OnlineMoEMethodBase:
                 f" the first: {projection} of expert {expert}",
                 hint="the checkpoint is incomplete; nothing was filled in",
             )
+
+    def empty_experts(self, layer: nn.Module) -> list[int]:
+        """Global ids of local experts whose every weight is zero."""
+        names = ("w13", "w2")
+        scales = [parameter(layer, f"{name}_scale") for name in names]
+        # Zeros have scale 1, so that hardly any codes need to be looked at
+        ones = [(scale == 1).view(len(scale), -1).all(1) for scale in scales if scale.numel()]
+        slots = torch.nonzero(torch.stack(ones).all(0))[:, 0].tolist() if ones else []
+        codes = [parameter(layer, f"{name}_codes") for name in names]
+        experts = list(self._local)
+        return [experts[s] for s in slots if not any(bool(c[s].float().any()) for c in codes)]
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -401,10 +412,18 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
 
 
 def finite_scales(layer: nn.Module) -> Tensor:
-    """Whether a GPU met neither NaN nor Inf in what it quantized into a layer: bool [], there."""
-    scales = [p for name, p in layer.named_parameters(recurse=False) if name.endswith("_scale")]
-    highest = [scale.amax() for scale in scales if scale.numel()]  # NaN, if there is one
-    return torch.isfinite(torch.stack(highest)).all() if highest else torch.tensor(True)
+    """Whether a GPU met only what `check_finite` accepts in what it quantized into a layer: bool
+    [], there."""
+    own = dict(layer.named_parameters(recurse=False))
+    scales = {name: scale for name, scale in own.items() if name.endswith("_scale")}
+    highest = [  # NaN, if there is one
+        scale.amax() * QMAX[own[name.replace("_scale", "_codes")].dtype]
+        for name, scale in scales.items()
+        if scale.numel()
+    ]
+    # A scale is rounded, and times qmax once more
+    most = LARGEST * (1 + 2**-22)
+    return (torch.stack(highest) <= most).all() if highest else torch.tensor(True)
 
 
 def check_scale(scale: Tensor, name: str) -> None:
