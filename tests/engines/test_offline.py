@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ import moeq
 from moeq import OnlineQuantizationConfig
 from moeq.cli import cli
 from moeq.embedded import model_folder
+from moeq.engines.hf_stream import LayerStream
 from moeq.engines.offline import quantize_checkpoint
+from moeq.errors import CheckpointError
 from moeq.schemes import OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, Architecture
 from tests.engines.test_running import write_large_checkpoint
@@ -75,6 +79,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 _MEASURE = """
 import sys, torch
 from moeq import OnlineQuantizationConfig
+from moeq.engines.hf_stream import LayerStream
 from moeq.engines.offline import quantize_checkpoint
 from moeq.memory import PeakMemory
 
@@ -98,3 +103,97 @@ def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 110e6
+
+
+class Interrupted:
+    """An interrupt once so many bytes were read."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, done: int, total: int) -> None:
+        if done > self.after:
+            raise KeyboardInterrupt
+
+
+def quantize_in_parts(out: Path, scheme: str = INT8, **options: Any) -> None:
+    config = OnlineQuantizationConfig(scheme)
+    quantize_checkpoint(model_folder(), config, out, shard_bytes=10**6, **options)
+
+
+@pytest.fixture
+def shards_done(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every shard that is quantized to its end."""
+    done: list[Any] = []
+    run = LayerStream.run
+
+    def counted(self: LayerStream, *args: Any) -> None:
+        run(self, *args)
+        done.append(self)
+
+    monkeypatch.setattr(LayerStream, "run", counted)
+    return done
+
+
+def test_what_is_finished_is_not_done_again(tmp_path: Path, shards_done: list[Any]) -> None:
+    expected = moeq.load(model_folder(), INT8)
+    shards_done.clear()
+    quantize_in_parts(tmp_path / "whole")
+    every = len(shards_done)
+    assert every > 5
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantize_in_parts(out, resume=True, progress=Interrupted(7 * 10**6))
+        assert not out.exists()
+    before = len(shards_done) - every
+    assert 0 < before < every
+    seen: list[tuple[int, int]] = []
+    quantize_in_parts(out, resume=True, progress=lambda *both: seen.append(both))
+    assert len(shards_done) == 2 * every
+    assert seen[-1][0] == seen[-1][1]
+    assert_same_state(moeq.load(out), expected)
+    files = {path.name for path in out.iterdir()}
+    assert files == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_files_that_are_no_longer_whole_are_done_again(tmp_path: Path) -> None:
+    expected = moeq.load(model_folder(), INT8)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_in_parts(out, resume=True, progress=Interrupted(7 * 10**6))
+    (kept,) = tmp_path.glob(".out.*.partial")
+    first, *_ = sorted(kept.glob("*.safetensors"))
+    os.truncate(first, 100)
+    (kept / ".finished.draft").write_text("{")
+    quantize_in_parts(out, resume=True)
+    assert_same_state(moeq.load(out), expected)
+    assert not list(out.glob(".*"))
+
+
+def test_another_recipe_starts_anew(tmp_path: Path, shards_done: list[Any]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_in_parts(out, resume=True, progress=Interrupted(7 * 10**6))
+    shards_done.clear()
+    quantize_in_parts(out, FP8, resume=True)
+    assert len(shards_done) > 5
+    assert_same_state(moeq.load(out), moeq.load(model_folder(), FP8))
+
+
+def test_one_process_at_a_time_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(CheckpointError, match="another process writes it"):
+            quantize_in_parts(out, resume=True)
+
+    quantize_in_parts(out, resume=True, progress=second)
+    assert out.is_dir()
+
+
+def test_without_resume_nothing_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize_in_parts(tmp_path / "out", progress=Interrupted(7 * 10**6))
+    assert not list(tmp_path.iterdir())

@@ -54,8 +54,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "moeq"
 
 
-def entry_name(source: Path, recipe: Mapping[str, object]) -> str:
-    """What the entry of a model is called.
+def identity(source: Path, recipe: Mapping[str, object]) -> str:
+    """A hash of everything that decides the bytes of a quantized model.
 
     Args:
         source: the folder that it is read from.
@@ -71,12 +71,16 @@ def entry_name(source: Path, recipe: Mapping[str, object]) -> str:
         "recipe": recipe,
         "versions": {name: version(name) for name in ("moeq", "transformers")},
     }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def entry_name(source: Path, recipe: Mapping[str, object]) -> str:
+    """What the entry of a model is called; see `identity`."""
     path = source.resolve()
     # The hub's own folders are models--owner--name/snapshots/<commit>
     of_hub = [part for part in path.parts if part.startswith("models--")]
     label = of_hub[-1].removeprefix("models--") if of_hub else path.name
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)[:80]}.{digest}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)[:80]}.{identity(source, recipe)}"
 
 
 def intact(entry: Path) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from moeq.checkpoint.headers import DTYPES
@@ -39,36 +40,61 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+def new_folder(target: Path, nbytes: int, *, keep: str | None = None) -> Iterator[Path]:
     """A folder to write into; what is in it is at `target` once the block ends well.
 
     Args:
         target: that does not exist yet, or is an empty folder.
         nbytes: that will be written, about.
+        keep: what is being written. Under this name it stays if the block fails, and is there again
+            the next time.
 
     Raises:
-        CheckpointError: the target exists, cannot be made or written, or its disk is too small.
+        CheckpointError: the target exists, cannot be made or written, or its disk is too small; or
+            another process writes the same.
     """
     target = target.expanduser()
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    staging = target.parent / f".{target.name}.{keep or secrets.token_hex(4)}.partial"
     absent: list[Path] = []
+    with contextlib.ExitStack() as alone:
+        try:
+            absent = [folder for folder in target.parents if not folder.exists()]
+            _check_target(target, nbytes - _bytes_in(staging))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if keep is not None:
+                alone.enter_context(_alone(staging))
+            staging.mkdir(exist_ok=keep is not None)
+            yield staging
+            _finish(staging)
+            staging.rename(target)  # also over an empty folder
+            _sync(target.parent)
+        except BaseException as error:
+            if keep is None:
+                shutil.rmtree(staging, ignore_errors=True)
+                for folder in absent:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+            if isinstance(error, OSError):
+                raise _failure(error, staging, target, is_kept=keep is not None) from error
+            raise
+
+
+@contextlib.contextmanager
+def _alone(staging: Path) -> Iterator[None]:
+    lock = FileLock(staging.with_suffix(".lock"), timeout=0)
     try:
-        absent = [folder for folder in target.parents if not folder.exists()]
-        _check_target(target, nbytes)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        _finish(staging)
-        staging.rename(target)  # also over an empty folder
-        _sync(target.parent)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in absent:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise _failure(error, staging, target) from error
-        raise
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(f"{staging}: another process writes it") from None
+    try:
+        yield
+    finally:
+        staging.with_suffix(".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
 
 
 def _check_target(target: Path, nbytes: int) -> None:
@@ -84,13 +110,53 @@ def _check_target(target: Path, nbytes: int) -> None:
         )
 
 
-def _failure(error: OSError, staging: Path, target: Path) -> CheckpointError:
+def _failure(error: OSError, staging: Path, target: Path, *, is_kept: bool) -> CheckpointError:
     """What the system said of a file that was being written, or of the folder."""
     place = str(error.filename or target).replace(str(staging), str(target))
     hint = "name a new folder where you may write"
     if error.errno in _NO_ROOM:
-        hint = "make room, or name a folder on another disk; what was written is removed again"
+        left = f"what is finished stays in {staging}" if is_kept else "what was written is removed"
+        hint = f"make room, or name a folder on another disk; {left}"
     return CheckpointError(f"{place}: {error.strerror or error}", hint=hint)
+
+
+class Finished:
+    """Which files of a folder are whole, kept in the folder.
+
+    Args:
+        folder: that `new_folder` gave.
+    """
+
+    _NAME = ".finished.json"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sizes: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found = json.loads((folder / self._NAME).read_text(encoding="utf-8"))
+            self._sizes = {str(name): int(size) for name, size in found.items()}
+
+    def __contains__(self, name: str) -> bool:
+        path = self._folder / name
+        return name in self._sizes and path.is_file() and path.stat().st_size == self._sizes[name]
+
+    def add(self, name: str) -> None:
+        """A file is whole: it is brought to the disk, and then that is."""
+        path, own = self._folder / name, self._folder / self._NAME
+        _sync(path)
+        self._sizes[name] = path.stat().st_size
+        draft = own.with_suffix(".draft")
+        with naming(draft), open(draft, "w", encoding="utf-8") as text:
+            json.dump(self._sizes, text)
+            text.flush()
+            os.fsync(text.fileno())
+        draft.replace(own)
+
+    def forget(self) -> None:
+        """The folder is done."""
+        own = self._folder / self._NAME
+        own.unlink(missing_ok=True)
+        own.with_suffix(".draft").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -230,8 +296,8 @@ def _finish(folder: Path) -> None:
     _sync(folder)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -31,6 +31,11 @@ Examples:
     show_default=True,
     help="moeq's own, which loads bit for bit; or one that vLLM reads.",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what is finished if this is interrupted, and go on from what was kept.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
     model: str,
@@ -41,6 +46,7 @@ def quantize(
     targets: tuple[str, ...],
     out: Path,
     file_format: Literal["moeq", "compressed-tensors"],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Quantize MODEL into the folder --out, which loads at once and bit for bit as MODEL would.
@@ -58,7 +64,9 @@ def quantize(
     quiet_transformers()
     started = time.perf_counter()
     with bytes_bar(f"quantizing {Path(model).name}") as progress:
-        plan = quantize_checkpoint(model, config, out, file_format=file_format, progress=progress)
+        plan = quantize_checkpoint(
+            model, config, out, file_format=file_format, resume=resume, progress=progress
+        )
     seconds = time.perf_counter() - started
     if as_json:
         result = {

@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moeq.checkpoint.cache import identity
 from moeq.checkpoint.headers import (
     TensorSpec,
     checkpoint_files,
     read_headers,
 )
 from moeq.checkpoint.hub import resolve_model
-from moeq.checkpoint.writer import map_shard, new_folder
+from moeq.checkpoint.writer import Finished, map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.formats import FORMATS, Entry, Format, joined
 from moeq.engines.hf_routes import Decision, quantized_names
@@ -50,6 +51,7 @@ def quantize_checkpoint(
     out: str | Path,
     *,
     file_format: FileFormat = "moeq",
+    resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> LoadPlan:
@@ -59,6 +61,8 @@ def quantize_checkpoint(
         model: a folder, or an id on the Hugging Face hub.
         config: which scheme for which layer.
         out: a new folder; it appears once it is whole.
+        resume: leave files that are whole beside `out` if this is interrupted, and go on from those
+            that an interrupted run with the same source and config left.
         file_format: moeq's, or that of other programs, see `moeq.engines.formats`.
         progress: called with bytes read so far and bytes to read.
         shard_bytes: of a weight file, about; a layer is never cut.
@@ -94,19 +98,28 @@ def quantize_checkpoint(
         for target in decision.targets
     }
     shards = _shards(decision, specs, shard_bytes)
-    with new_folder(Path(out), plan.final_bytes) as staging:
+    recipe = {"quantization": quantization, "format": file_format, "shard_bytes": shard_bytes}
+    keep = identity(folder, recipe) if resume else None
+    with new_folder(Path(out), plan.final_bytes, keep=keep) as staging:
         weight_map: dict[str, str] = {}
+        finished = Finished(staging)
         for index, (targets, kept) in enumerate(shards):
             name = f"{form.stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
             if len(shards) == 1:
                 name = form.single
             shard = _Shard(targets, kept, form, plans)
+            weight_map.update(dict.fromkeys(shard.layout, name))
+            if name in finished:
+                advance(shard.source_bytes)
+                continue
             tensors = shard.map(staging / name)
             stream = LayerStream(empty, _part(decision, targets), methods, _CPU, kept)
             stream.tensors.update({spec: tensors[spec] for spec in kept})
             stream.run(advance)
             shard.finish()
-            weight_map.update(dict.fromkeys(tensors, name))
+            if resume:
+                finished.add(name)
+        finished.forget()
         if len(shards) > 1:
             total = sum((staging / name).stat().st_size for name in set(weight_map.values()))
             index_entries = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -119,7 +132,12 @@ def quantize_checkpoint(
 
 
 class _Shard:
-    """One file: its tensors become the parameters of layers, while those are quantized."""
+    """One file: its tensors become the parameters of layers, while those are quantized.
+
+    Attributes:
+        layout: dtype and shape of every tensor in it.
+        source_bytes: that are read for it.
+    """
 
     def __init__(
         self,
@@ -128,7 +146,6 @@ class _Shard:
         form: Format,
         plans: Mapping[str, LayerPlan],
     ) -> None:
-        self._kept = kept
         self._form = form
         self._plans = plans
         self._metas = {
@@ -137,24 +154,28 @@ class _Shard:
             for own in quantized_names(target.module)
         }
 
+        self._parts: dict[tuple[Target, str], list[str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.layout: dict[str, Entry] = {}
+        for (target, own), meta in self._metas.items():
+            plan = plans[target.shape.name]
+            entries = form.tensors(plan, own, meta)
+            self._parts[target, own] = list(entries)
+            self.layout |= entries
+            self._shapes |= form.shapes(plan)
+        self.layout |= dict.fromkeys(self._shapes, (torch.int64, (2,)))
+        self.layout |= {spec.name: (spec.dtype, spec.shape) for spec in kept.values()}
+        layers = {target.shape.name for target in targets}
+        self.source_bytes = sum(plans[name].source_bytes for name in layers)
+        self.source_bytes += sum(spec.nbytes for spec in kept.values())
+
     def map(self, path: Path) -> dict[str, Tensor]:
         """Make the file; its tensors by name."""
-        parts: dict[tuple[Target, str], list[str]] = {}
-        layout: dict[str, Entry] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for (target, own), meta in self._metas.items():
-            plan = self._plans[target.shape.name]
-            entries = self._form.tensors(plan, own, meta)
-            parts[target, own] = list(entries)
-            layout |= entries
-            shapes |= self._form.shapes(plan)
-        layout |= dict.fromkeys(shapes, (torch.int64, (2,)))
-        layout |= {spec.name: (spec.dtype, spec.shape) for spec in self._kept.values()}
-        tensors = map_shard(path, layout)
-        for name, shape in shapes.items():
+        tensors = map_shard(path, self.layout)
+        for name, shape in self._shapes.items():
             tensors[name].copy_(torch.tensor(shape))
         for (target, own), meta in self._metas.items():
-            mine = [tensors[name] for name in parts[target, own]]
+            mine = [tensors[name] for name in self._parts[target, own]]
             whole = joined(mine, meta.dtype, tuple(meta.shape))
             setattr(target.module, own, nn.Parameter(whole, requires_grad=False))
         return tensors
