@@ -19,6 +19,7 @@ LAYERS = (
     "errors",
     "memory",
     "schemes",
+    "span",
     "experts",
     "quantize",
     "kernels",

@@ -64,6 +64,8 @@ class OnlineQuantizationConfig:
         ignore: patterns of layers to leave alone.
         targets: pattern -> scheme; excludes the three above `ignore`.
         backend: kernel backend to use instead of the oracle's choice.
+        strict: whether tensors that the model has no place for are an error; else they are dropped,
+            and listed in the load's report.
 
     Raises:
         UnknownSchemeError: for a name that is none.
@@ -80,6 +82,7 @@ class OnlineQuantizationConfig:
         ignore: Iterable[str] = (),
         targets: Mapping[str, SchemeLike] | None = None,
         backend: str | None = None,
+        strict: bool = True,
     ) -> None:
         if isinstance(ignore, str) or not isinstance(ignore, Iterable):
             raise ConfigError(f"ignore is a list of patterns, found {ignore!r}")
@@ -87,6 +90,7 @@ class OnlineQuantizationConfig:
             raise ConfigError(f"targets map patterns to schemes, found {targets!r}")
         self.ignore = tuple(ignore)
         self.backend = backend
+        self.strict = strict
         self.targets: dict[str, OnlineQuantScheme] = {}
         self.moe: OnlineQuantScheme | None = None
         self.linear: OnlineQuantScheme | None = None
@@ -159,7 +163,7 @@ class OnlineQuantizationConfig:
         """The same, with further layers left alone."""
         clone: OnlineQuantizationConfig = self.from_dict(self.to_dict())
         clone.ignore = (*self.ignore, *names)
-        clone.backend = self.backend
+        clone.backend, clone.strict = self.backend, self.strict
         return clone
 
     def check_patterns(self, names: Collection[str]) -> None:
@@ -215,7 +219,7 @@ class OnlineQuantizationConfig:
                 f"the checkpoint has format {version}, this moeq reads format {FORMAT_VERSION}",
                 hint="upgrade moeq, or quantize the original checkpoint again",
             )
-        allowed = ("quantization", "moe", "linear", "ignore", "targets", "backend")
+        allowed = ("quantization", "moe", "linear", "ignore", "targets", "backend", "strict")
         for key in entries:
             if key not in allowed:
                 near = difflib.get_close_matches(key, allowed, n=1)

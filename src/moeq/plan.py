@@ -135,6 +135,7 @@ class LoadPlan:
         unquantized_bytes: of expert weights that are not quantized.
         unquantized_weights: how many these are.
         kept: layer -> the named rule that keeps it unquantized.
+        dropped: tensors that the model has no place for.
         window_bytes: the most that loading holds beyond the final weights, where they are.
         host_bytes: the most that it holds in main memory, the final weights aside.
         mapped_bytes: of the final weights, what stays in the files and is mapped from there.
@@ -145,6 +146,7 @@ class LoadPlan:
     unquantized_bytes: int
     unquantized_weights: int
     kept: dict[str, str]
+    dropped: tuple[str, ...]
     window_bytes: int
     host_bytes: int
     mapped_bytes: int

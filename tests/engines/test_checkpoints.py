@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
 import moeq
 from moeq import OnlineQuantizationConfig, report_of
+from moeq.cli import cli
+from moeq.engines.offline import quantize_checkpoint
 from moeq.errors import (
     CheckpointError,
     NonFiniteError,
@@ -317,3 +320,22 @@ def test_more_experts_per_token_than_there_are(
     amend(qwen, {"num_experts_per_tok": top_k})
     with pytest.raises(CheckpointError, match="num_experts_per_tok"):
         load(qwen)
+
+
+def test_tensors_without_a_place_are_dropped_where_the_user_says_so(
+    qwen: Path, tmp_path: Path
+) -> None:
+    expected = load(qwen, QWEN, INT8)
+    rewrite(qwen, lambda tensors: tensors.update({"model.surprise.weight": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=r"model\.surprise\.weight.*no tensor of"):
+        load(qwen, QWEN, INT8)
+    config = OnlineQuantizationConfig(INT8, strict=False)
+    model = moeq.load(qwen, config)
+    assert_same_state(model, expected)
+    (note,) = [note for note in report_of(model).notes if "dropped" in note]
+    assert "model.surprise.weight" in note
+    quantize_checkpoint(qwen, config, tmp_path / "out")
+    assert_same_state(moeq.load(tmp_path / "out"), expected)
+    words = ["quantize", str(qwen), "-q", INT8, "--no-strict", "--out", str(tmp_path / "cli")]
+    result = CliRunner().invoke(cli, words)
+    assert "dropped  model.surprise.weight" in result.stdout

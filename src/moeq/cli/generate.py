@@ -49,6 +49,11 @@ def scheme_options(
         click.option(
             "--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers."
         ),
+        click.option(
+            "--no-strict",
+            is_flag=True,
+            help="Drop tensors that the model has no place for, and list them.",
+        ),
     )
 
     def add(command: Command) -> Command:
@@ -74,6 +79,7 @@ def generate(
     linear: str | None,
     ignore: tuple[str, ...],
     targets: tuple[str, ...],
+    no_strict: bool,
     prompt: str | None,
     max_new_tokens: int,
     device: str,
@@ -85,7 +91,7 @@ def generate(
     MODEL is a folder with config.json and safetensors, or an id on the Hugging Face hub. A
     checkpoint that moeq saved needs no scheme.
     """
-    config = quantization_config(quantization, moe, linear, ignore, targets)
+    config = quantization_config(quantization, moe, linear, ignore, targets, no_strict)
     if prompt is None:
         if sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError("no prompt: pass --prompt, or pipe text in")
@@ -107,6 +113,7 @@ def quantization_config(
     linear: str | None,
     ignore: tuple[str, ...],
     targets: tuple[str, ...],
+    no_strict: bool,
 ) -> OnlineQuantizationConfig | None:
     """The config that options of the command line describe; None where none was given."""
     from moeq.config import OnlineQuantizationConfig
@@ -123,7 +130,7 @@ def quantization_config(
             raise ConfigError("--ignore without a scheme", hint="add --quantization NAME")
         return None
     return OnlineQuantizationConfig(
-        quantization, moe=moe, linear=linear, ignore=ignore, targets=pairs
+        quantization, moe=moe, linear=linear, ignore=ignore, targets=pairs, strict=not no_strict
     )
 
 

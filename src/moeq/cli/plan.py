@@ -62,6 +62,7 @@ def plan(
     linear: str | None,
     ignore: tuple[str, ...],
     targets: tuple[str, ...],
+    no_strict: bool,
     context: int,
     memory: int | None,
     as_json: bool,
@@ -74,12 +75,14 @@ def plan(
     from moeq.config import OnlineQuantizationConfig
     from moeq.schemes import OnlineQuantScheme
 
-    asked = quantization_config(quantization, moe, linear, ignore, targets)
+    asked = quantization_config(quantization, moe, linear, ignore, targets, no_strict)
     configs = {"as asked": asked} if asked else {}
     if asked and quantization and not (moe or linear or ignore or targets):
         configs = {quantization: asked}
     if not asked:
-        configs = {s.value: OnlineQuantizationConfig(s) for s in OnlineQuantScheme}
+        configs = {
+            s.value: OnlineQuantizationConfig(s, strict=not no_strict) for s in OnlineQuantScheme
+        }
     result = make_plan(model, configs, context, memory)
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -131,6 +134,7 @@ def make_plan(
             "gpu_peak_bytes": on_gpu.peak_bytes,
             "gpu_host_peak_bytes": on_gpu.host_bytes,
             "kept": on_cpu.kept,
+            "dropped": on_cpu.dropped,
             "read_seconds": on_cpu.checkpoint_bytes / rate if rate else None,
         }
         entry["fits"] = {

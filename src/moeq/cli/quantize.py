@@ -44,6 +44,7 @@ def quantize(
     linear: str | None,
     ignore: tuple[str, ...],
     targets: tuple[str, ...],
+    no_strict: bool,
     out: Path,
     file_format: Literal["moeq", "compressed-tensors"],
     resume: bool,
@@ -58,7 +59,7 @@ def quantize(
     from moeq.errors import ConfigError
     from moeq.report import size
 
-    config = quantization_config(quantization, moe, linear, ignore, targets)
+    config = quantization_config(quantization, moe, linear, ignore, targets, no_strict)
     if config is None:
         raise ConfigError("no scheme is named", hint="add --quantization NAME")
     quiet_transformers()
@@ -78,6 +79,7 @@ def quantize(
             "bytes_after": plan.final_bytes,
             "coverage": plan.coverage,
             "kept": plan.kept,
+            "dropped": plan.dropped,
             "seconds": seconds,
         }
         click.echo(json.dumps(result, indent=2))
@@ -86,3 +88,5 @@ def quantize(
         f"{out}: {size(plan.checkpoint_bytes)} -> {size(plan.final_bytes)}"
         f" ({plan.coverage:.0%} of expert weights quantized) in {seconds:.1f} s"
     )
+    for name in plan.dropped:
+        click.echo(f"dropped  {name}: the model has no place for it")

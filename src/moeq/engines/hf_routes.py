@@ -37,6 +37,7 @@ class Routes:
         plain: parameter -> the one tensor that it is, where no conversion touches it and it is not
             quantized.
         plain_claims: as `claims`, for those.
+        dropped: tensors that the model has no place for.
     """
 
     plans: tuple[LayerPlan, ...]
@@ -45,6 +46,7 @@ class Routes:
     sources: dict[str, tuple[Source, ...]]
     plain: dict[str, TensorSpec]
     plain_claims: dict[str, str]
+    dropped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def decide(
         CheckpointError, ModelError: see `find_routes`.
     """
     targets, kept = found
-    routes = find_routes(model, targets, specs, conversions)
+    routes = find_routes(model, targets, specs, conversions, strict=config.strict)
     if routes.merged:
         kept = kept | dict.fromkeys(routes.merged, "transformers merges it from several tensors")
         config = config.ignoring(routes.merged)
@@ -97,6 +99,8 @@ def find_routes(
     targets: Iterable[Target],
     specs: Mapping[str, TensorSpec],
     conversions: list[Any],
+    *,
+    strict: bool = True,
 ) -> Routes:
     """Sources of every target, checked to be complete.
 
@@ -105,6 +109,7 @@ def find_routes(
         targets: the layers to be quantized.
         specs: of the checkpoint.
         conversions: transformers' table for this model.
+        strict: whether a tensor that the model has no place for is an error.
 
     Raises:
         CheckpointError: see `check_sources`.
@@ -159,7 +164,9 @@ def find_routes(
         fed.update(f"{target.shape.name}.{name}" for name in original_names(target))
         plans.append(LayerPlan(target.shape, target.scheme, mine))
     check_rest(model, fed)
-    _check_unknown(model, unknown)
+    dropped = _without_place(model, unknown)
+    if strict:
+        _refuse(model, dropped)
     plain = {
         parameter: routes[0]
         for parameter, routes in kept.items()
@@ -175,6 +182,7 @@ def find_routes(
         sources,
         {parameter: route.spec for parameter, route in plain.items()},
         {route.renamed: parameter for parameter, route in plain.items()},
+        tuple(spec.name for spec in dropped),
     )
 
 
@@ -232,24 +240,32 @@ _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """What older checkpoints hold and models compute: transformers ignores it for every model."""
 
 
-def _check_unknown(model: Any, unknown: Iterable[Route]) -> None:
-    """No tensor is dropped, but for those that the model itself says it does without: layers that
-    predict further tokens, parts that another class has. Who names another class than config.json
-    does wants a part of the checkpoint."""
+def _without_place(model: Any, unknown: Iterable[Route]) -> list[TensorSpec]:
+    """Of the tensors that feed nothing, all but those that the model itself says it does without:
+    layers that predict further tokens, parts that another class has. Who names another class than
+    config.json does wants a part of the checkpoint."""
     config = model.config
     saved_from = config.architectures  # a careless config has none, or anything
     if isinstance(saved_from, list) and saved_from and type(model).__name__ not in saved_from:
-        return
+        return []
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]
-    for route in unknown:
-        spec = route.spec
-        ignored = any(re.search(p, n) for p in patterns for n in (spec.name, route.parameter))
-        if not ignored and not _predicts_further(config, route.parameter):
-            raise CheckpointError(
-                f"{spec.file.name}: {spec.name!r} is no tensor of {type(model).__name__} as"
-                " config.json describes it, and would be dropped",
-                hint="config.json and checkpoint disagree, or the checkpoint is of another model",
-            )
+    return [
+        route.spec
+        for route in unknown
+        if not any(re.search(p, n) for p in patterns for n in (route.spec.name, route.parameter))
+        and not _predicts_further(config, route.parameter)
+    ]
+
+
+def _refuse(model: Any, dropped: list[TensorSpec]) -> None:
+    for spec in dropped[:1]:
+        more = f" (and {len(dropped) - 1} more)" if len(dropped) > 1 else ""
+        raise CheckpointError(
+            f"{spec.file.name}: {spec.name!r}{more} is no tensor of {type(model).__name__} as"
+            " config.json describes it, and would be dropped",
+            hint="config.json and checkpoint disagree, or the checkpoint is of another model;"
+            " strict=False (--no-strict) drops such tensors",
+        )
 
 
 def _predicts_further(config: Any, parameter: str) -> bool:
@@ -297,7 +313,7 @@ def saved_plans(
         if state.keys().isdisjoint(feeds):
             unknown.append(route)
     check_rest(model, fed | ours)
-    _check_unknown(model, unknown)
+    _refuse(model, _without_place(model, unknown))
     plans = []
     for target in targets:
         sources = []

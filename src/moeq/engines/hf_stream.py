@@ -293,6 +293,7 @@ def load_plan(
         decision.routes.plans,
         specs,
         decision.kept,
+        decision.routes.dropped,
         window_bytes=layers.window_bytes,
         host_bytes=layers.host_bytes,
         mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
@@ -306,7 +307,7 @@ def saved_plan(
     kept: dict[str, str],
 ) -> LoadPlan:
     """Bytes of a load of what moeq saved: transformers maps or copies it."""
-    return _plan(model, plans, specs, kept, window_bytes=0, host_bytes=0, mapped_bytes=0)
+    return _plan(model, plans, specs, kept, (), window_bytes=0, host_bytes=0, mapped_bytes=0)
 
 
 def _plan(
@@ -314,6 +315,7 @@ def _plan(
     plans: tuple[LayerPlan, ...],
     specs: Mapping[str, TensorSpec],
     kept: dict[str, str],
+    dropped: tuple[str, ...],
     *,
     window_bytes: int,
     host_bytes: int,
@@ -331,6 +333,7 @@ def _plan(
         unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
         unquantized_weights=sum(p.numel() for p in unquantized),
         kept=kept,
+        dropped=dropped,
         window_bytes=window_bytes,
         host_bytes=host_bytes,
         mapped_bytes=mapped_bytes,

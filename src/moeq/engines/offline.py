@@ -199,7 +199,8 @@ def _shards(
     items: list[tuple[int, Target | TensorSpec]] = [
         (plans[target.shape.name].final_bytes, target) for target in decision.targets
     ]
-    items += [(spec.nbytes, spec) for spec in specs.values() if spec.name not in read]
+    left = read | set(decision.routes.dropped)
+    items += [(spec.nbytes, spec) for spec in specs.values() if spec.name not in left]
     for nbytes, item in items:
         if size and size + nbytes > limit:
             shards.append(([], {}))

@@ -293,7 +293,12 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _notes(self) -> tuple[str, ...]:
         choices = [method.choice for method in self._methods.values()]
-        return tuple(dict.fromkeys(choice.note for choice in choices if choice and choice.note))
+        notes = dict.fromkeys(choice.note for choice in choices if choice and choice.note)
+        if self.plan.dropped:
+            notes[f"dropped, the model has no place for them: {', '.join(self.plan.dropped)}"] = (
+                None
+            )
+        return tuple(notes)
 
 
 def _single_device(device_map: Any) -> torch.device:
