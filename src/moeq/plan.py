@@ -53,6 +53,7 @@ class LayerShape:
         intermediate_size: I; output rows of a linear.
         is_gated: whether experts have a gate beside up.
         has_bias: whether experts have biases (a linear's bias is not ours).
+        local_experts: ids of the experts that this rank holds; all where absent.
     """
 
     name: str
@@ -62,6 +63,12 @@ class LayerShape:
     intermediate_size: int
     is_gated: bool = False
     has_bias: bool = False
+    local_experts: range | None = None
+
+    @property
+    def experts(self) -> range:
+        """Ids of the experts held here."""
+        return range(self.num_experts) if self.local_experts is None else self.local_experts
 
     def matrix_shape(self, part: Part) -> tuple[int, int]:
         """[N, K] of one projection of one expert."""
@@ -78,25 +85,26 @@ class LayerShape:
 
     @property
     def num_weights(self) -> int:
-        """Of all matrices, biases not counted."""
+        """Of all matrices on all ranks, biases not counted."""
         per_expert = self.hidden_size * self.intermediate_size
         matrices = 1 if self.kind == "linear" else 3 if self.is_gated else 2
         return self.num_experts * matrices * per_expert
 
     def quantized_bytes(self, scheme: OnlineQuantScheme, bias_itemsize: int) -> int:
-        """Bytes of codes, scales and biases under a scheme."""
+        """Bytes of codes, scales and biases held here under a scheme."""
+        held = len(self.experts)
         parts = 2 if self.is_gated else 1
         down = self.matrix_shape("down")
         up = (parts * self.intermediate_size, self.hidden_size)
-        matrices = [((self.num_experts, *down), 1)]
+        matrices = [((held, *down), 1)]
         if self.kind == "moe":
-            matrices.append(((self.num_experts, *up), parts))
+            matrices.append(((held, *up), parts))
         total = 0
         for shape, stacked in matrices:
             scales = math.prod(scale_shape(scheme.granularity, shape, stacked))
             total += math.prod(shape) * scheme.weight_dtype.itemsize + 4 * scales
         if self.has_bias:
-            total += self.num_experts * (up[0] + down[0]) * bias_itemsize
+            total += held * (up[0] + down[0]) * bias_itemsize
         return total
 
 
@@ -110,13 +118,18 @@ class LayerPlan:
 
     @property
     def source_bytes(self) -> int:
-        """Read from the checkpoint for this layer."""
-        return sum(source.spec.nbytes for source in self.sources)
+        """Read here from the checkpoint for this layer."""
+        return sum(self._read_bytes(source) for source in self.sources)
 
     @property
     def bias_bytes(self) -> int:
         """Of those, biases."""
-        return sum(source.spec.nbytes for source in self.sources if source.is_bias)
+        return sum(self._read_bytes(source) for source in self.sources if source.is_bias)
+
+    @property
+    def skipped_bytes(self) -> int:
+        """Of this layer's tensors, what other ranks read."""
+        return sum(source.spec.nbytes for source in self.sources) - self.source_bytes
 
     @property
     def final_bytes(self) -> int:
@@ -124,16 +137,22 @@ class LayerPlan:
         itemsizes = [s.spec.dtype.itemsize for s in self.sources if s.is_bias]
         return self.shape.quantized_bytes(self.scheme, itemsizes[0] if itemsizes else 0)
 
+    def _read_bytes(self, source: Source) -> int:
+        nbytes, experts = source.spec.nbytes, self.shape.experts
+        if source.expert is None:
+            return nbytes * len(experts) // self.shape.num_experts
+        return nbytes if source.expert in experts else 0
+
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The whole model.
+    """The whole model, or a rank's share: its own experts and, as if it had it whole, all else.
 
     Attributes:
         layers: that are quantized.
-        checkpoint_bytes: of all tensors in the checkpoint.
-        unquantized_bytes: of expert weights that are not quantized.
-        unquantized_weights: how many these are.
+        checkpoint_bytes: of all tensors in the checkpoint, without other ranks' experts.
+        unquantized_bytes: of expert weights that are not quantized, without other ranks'.
+        unquantized_weights: how many these are on all ranks.
         kept: layer -> the named rule that keeps it unquantized.
         window_bytes: the most that loading holds beyond the final weights, where they are.
         host_bytes: the most that it holds in main memory, the final weights aside.

@@ -253,6 +253,7 @@ def create_method(
             is_gated=shape.is_gated,
             has_bias=shape.has_bias,
             dtype=dtype,
+            local_experts=shape.local_experts,
         )
     return method
 
@@ -264,9 +265,13 @@ def streams_kept(device: torch.device) -> bool:
 
 
 def load_plan(
-    model: nn.Module, decision: Decision, specs: Mapping[str, TensorSpec], layers: LayerStream
+    model: nn.Module,
+    decision: Decision,
+    specs: Mapping[str, TensorSpec],
+    layers: LayerStream,
+    ranks: int = 1,
 ) -> LoadPlan:
-    """Bytes of a load that quantizes."""
+    """Bytes of a load that quantizes, on one of some ranks."""
     state = model.state_dict()
     mapped = {
         name: spec
@@ -281,6 +286,7 @@ def load_plan(
         window_bytes=layers.window_bytes,
         host_bytes=layers.host_bytes,
         mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
+        ranks=ranks,
     )
 
 
@@ -289,9 +295,11 @@ def saved_plan(
     plans: tuple[LayerPlan, ...],
     specs: Mapping[str, TensorSpec],
     kept: dict[str, str],
+    ranks: int = 1,
 ) -> LoadPlan:
     """Bytes of a load of what moeq saved: transformers maps or copies it."""
-    return _plan(model, plans, specs, kept, window_bytes=0, host_bytes=0, mapped_bytes=0)
+    none = {"window_bytes": 0, "host_bytes": 0, "mapped_bytes": 0}
+    return _plan(model, plans, specs, kept, **none, ranks=ranks)
 
 
 def _plan(
@@ -303,6 +311,7 @@ def _plan(
     window_bytes: int,
     host_bytes: int,
     mapped_bytes: int,
+    ranks: int,
 ) -> LoadPlan:
     unquantized = [
         matrix
@@ -310,10 +319,13 @@ def _plan(
         if name in kept and not isinstance(module, nn.Linear)
         for matrix in expert_matrices(module)
     ]
+    unquantized_bytes = sum(p.numel() * p.element_size() for p in unquantized)
+    skipped = sum(plan.skipped_bytes for plan in plans)
+    skipped += unquantized_bytes - unquantized_bytes // ranks
     return LoadPlan(
         plans,
-        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
-        unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
+        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()) - skipped,
+        unquantized_bytes=unquantized_bytes // ranks,
         unquantized_weights=sum(p.numel() for p in unquantized),
         kept=kept,
         window_bytes=window_bytes,
@@ -350,10 +362,10 @@ def _quantized(target: Target, sources: tuple[Source, ...]) -> list[Piece]:
     pieces = []
     for source in sources:
         if target.shape.kind == "moe" and source.expert is None:
-            for expert in range(target.shape.num_experts):
+            for expert in target.shape.experts:
                 key = _Quantized(target, source, expert)
                 pieces.append(matrix(source.spec, key, expert))
-        else:
+        elif source.expert is None or source.expert in target.shape.experts:
             pieces.append(whole(source.spec, _Quantized(target, source, source.expert)))
     return pieces
 

@@ -60,7 +60,8 @@ def load(
     Args:
         model: a folder, or an id on the Hugging Face hub.
         quantization: a scheme's name or a config; None for a checkpoint that moeq saved.
-        device: "cpu", "cuda", "cuda:1", ...
+        device: "cpu", "cuda", "cuda:1", ...; with a `distributed_config` every rank has the one
+            that transformers binds it to.
         progress: called with bytes read so far and bytes to read.
         kwargs: for `from_pretrained`.
 
@@ -96,9 +97,9 @@ def load(
     with _LOCK, reporting_to(progress), without_collections():
         if saved:
             kwargs = {"variant": VARIANT} | kwargs
-        return model_class(entries).from_pretrained(
-            folder, quantization_config=config, device_map=device, **kwargs
-        )
+        if kwargs.get("distributed_config") is None:
+            kwargs["device_map"] = device
+        return model_class(entries).from_pretrained(folder, quantization_config=config, **kwargs)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
     Args:
         model: that moeq loaded.
         tensors: (name in the original checkpoint, tensor), fp16, bf16 or fp32 on any device; every
-            tensor of the checkpoint once, in any order.
+            tensor of the checkpoint once, in any order. Ranks that share the model are each given
+            all of them and take their own.
 
     Raises:
         RefreshError: a tensor is missing, twice, unknown, misshapen or not finite. What arrived
@@ -201,7 +202,10 @@ class _Refresh:
             raise RefreshError(
                 f"{name!r} has shape {list(tensor.shape)}, expected {list(kept.shape)}"
             )
-        kept.copy_(tensor)
+        if hasattr(kept, "device_mesh"):  # split over ranks, each of which takes its part
+            kept.to_local().copy_(_part_of(tensor.to(kept.device), kept))
+        else:
+            kept.copy_(tensor)
 
     def _take(self, layer: str, source: Source, tensor: Tensor) -> None:
         method, module = self._methods[layer], self._modules[layer]
@@ -245,6 +249,15 @@ class _Refresh:
         for name, is_finite in finite.items():  # a GPU is asked once all that has been launched
             if not bool(is_finite):
                 raise RefreshError(f"{name}: NaN or Inf among the new weights")
+
+
+def _part_of(tensor: Tensor, kept: Any) -> Tensor:
+    """What this rank holds of a tensor that is split as `kept` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    split: Any = distribute_tensor(tensor, kept.device_mesh, kept.placements, src_data_rank=None)
+    part: Tensor = split.to_local()
+    return part
 
 
 def method_device(module: nn.Module) -> torch.device:

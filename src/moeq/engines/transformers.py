@@ -34,6 +34,7 @@ from moeq.checkpoint.headers import TensorSpec, read_headers
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
+from moeq.engines.hf_ranks import Ranks, local_bytes, ranks_of
 from moeq.engines.hf_routes import Routes, decide, quantized_names, saved_plans
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan, saved_plan
 from moeq.engines.hf_structure import Target, activation_of, find_targets
@@ -91,6 +92,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: OnlineQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: LoadReport | None = None
+        self.ranks: Ranks | None = None
         self._targets: list[Target] = []
         self._kept: dict[str, str] = {}
         self._methods: dict[str, OnlineMoEMethodBase | OnlineLinearMethod] = {}
@@ -158,16 +160,21 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         with without_collections():
             self._specs = read_headers([Path(file) for file in files])
         self._targets, self._kept = find_targets(model, self.quantization_config)
+        self.ranks = ranks_of(model)
+        if self.ranks is not None:
+            self._targets = [self.ranks.split(target) for target in self._targets]
         if self.pre_quantized:
             for target in self._targets:
                 self._create_weights(target)
                 self._finish_structure(target)
+                if self.ranks is not None:
+                    self.ranks.distribute(target, self._device)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> Any:
         # `model` is passed from 5.20 on
         if self.pre_quantized:
             plans = saved_plans(self._model, self._targets, self._specs, weight_conversions)
-            self.plan = saved_plan(self._model, plans, self._specs, self._kept)
+            self.plan = saved_plan(self._model, plans, self._specs, self._kept, self._count)
             return weight_conversions
         with without_collections():
             decision = decide(
@@ -182,8 +189,10 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._routes = decision.routes
             for target in self._targets:
                 self._create_weights(target)
-            self._stream = LayerStream(self._model, decision, self._methods, self._device)
-            self.plan = load_plan(self._model, decision, self._specs, self._stream)
+            # Only transformers knows how it splits what is not quantized
+            kept = None if self.ranks is None else {}
+            self._stream = LayerStream(self._model, decision, self._methods, self._device, kept)
+            self.plan = load_plan(self._model, decision, self._specs, self._stream, self._count)
         self._stream.prepare()
         claims = dict(self._routes.claims)
         claims.update(
@@ -201,11 +210,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._stream is not None and not self._streamed:
             self._streamed = True
             for target in self._targets:
-                if "DTensor" in type(target.module._parameters[target.up_name]).__name__:
-                    raise ModelError(
-                        f"{target.shape.name} is sharded over ranks",
-                        hint="moeq's transformers engine runs one process",
-                    )
+                if self.ranks is not None:
+                    self.ranks.check(target)
             with without_collections():
                 self._stream.run(self._advance)
         if parameter in self._stream.tensors:
@@ -217,6 +223,9 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for target in self._targets:
             if self.pre_quantized:
+                if self.ranks is not None:
+                    self.ranks.check(target)
+                    self.ranks.keep_local(target)
                 self._methods[target.shape.name].mark_loaded(target.module, target.shape.name)
             else:
                 self._finish_structure(target)
@@ -232,7 +241,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._advance(self.plan.checkpoint_bytes - self._read_bytes)  # transformers' share
         self.report = make_report(
             self.plan,
-            model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            model_bytes=local_bytes(model),
             peak=self._memory.peak_bytes,
             seconds=time.perf_counter() - self._started,
             kernels=self._kernels(),
@@ -248,6 +257,10 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # Steps of the load.
 
+    @property
+    def _count(self) -> int:
+        return 1 if self.ranks is None else self.ranks.count
+
     def _advance(self, nbytes: int) -> None:
         self._read_bytes += nbytes
         if self._progress is not None:
@@ -258,11 +271,15 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._methods[target.shape.name] = method
         if isinstance(method, OnlineLinearMethod):
             method.select_backend(self._device)
-        else:
-            method.select_backend(self._device, activation_of(target.module)[0])
+            return
+        module = target.module
+        method.select_backend(self._device, activation_of(module)[0])
+        # At once: for ranks, transformers wraps the forward that it finds before it loads
+        module._moeq_method = method  # type: ignore[assignment]
+        module.__class__ = experts_class(type(module))
 
     def _finish_structure(self, target: Target) -> None:
-        """Drop the original parameters and give the module its quantized class."""
+        """Drop the original parameters; a linear gets its quantized class."""
         module, method = target.module, self._methods[target.shape.name]
         names = [target.up_name]
         if target.shape.kind == "moe":
@@ -272,8 +289,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         module._moeq_method = method  # type: ignore[assignment]
         # Its weights are there: transformers must not initialize what it does not know
         module._is_hf_initialized = True  # type: ignore[assignment]
-        base = QuantizedLinear if target.shape.kind == "linear" else experts_class(type(module))
-        module.__class__ = base
+        if target.shape.kind == "linear":
+            module.__class__ = QuantizedLinear
 
     def _choose_kernel(self, target: Target) -> None:
         module, method = target.module, self._methods[target.shape.name]
