@@ -146,13 +146,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The whole model, or a rank's share: its own experts and, as if it had it whole, all else.
+    """The whole model, or a rank's share: of quantized layers its own experts, of all else
+    everything, because only transformers knows what it splits.
 
     Attributes:
         layers: that are quantized.
-        checkpoint_bytes: of all tensors in the checkpoint, without other ranks' experts.
-        unquantized_bytes: of expert weights that are not quantized, without other ranks'.
-        unquantized_weights: how many these are on all ranks.
+        checkpoint_bytes: of all tensors in the checkpoint.
+        unquantized_bytes: of expert weights that are not quantized.
+        unquantized_weights: how many these are.
         kept: layer -> the named rule that keeps it unquantized.
         window_bytes: the most that loading holds beyond the final weights, where they are.
         host_bytes: the most that it holds in main memory, the final weights aside.

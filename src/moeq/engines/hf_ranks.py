@@ -3,16 +3,16 @@
     distributed = DistributedConfig(tp_size=2, ep_size=2)
     from_pretrained(path, quantization_config=config, distributed_config=distributed)
 
-transformers hands every rank a contiguous run of each layer's experts. It wraps the experts' forward:
-every rank gets all tokens, ids of other ranks' experts become one past the last local one, and the
-ranks' outputs are summed (or, where gradients flow, tokens travel to their experts). All of that works
-on our forward as on its own. Ours is which experts' tensors are read: those of the rank and no others,
-into storage of their number. What is not quantized goes through transformers, which knows how it is
-split.
+transformers hands every rank a contiguous run of each layer's experts. It wraps the experts'
+forward: every rank gets all tokens, ids of other ranks' experts become one past the last local one,
+and the ranks' outputs are summed (or, where gradients flow, tokens travel to their experts). All of
+that works on our forward as on its own. Ours is which experts' tensors are read: those of the rank
+and no others, into storage of their number. What is not quantized goes through transformers, which
+knows how it is split.
 
-Left out, and refused before anything is allocated: experts cut across their matrices (tensor parallelism
-without expert parallelism), FSDP, and pipelines. A scale of such an expert's down projection would span
-ranks.
+Left out, and refused before anything is allocated: experts cut across their matrices (tensor
+parallelism without expert parallelism), FSDP, and pipelines. A scale of such an expert's down
+projection would span ranks.
 
 Written against `transformers.distributed` of 5.23; releases before `DistributedConfig.ep_size` are
 refused.
@@ -124,7 +124,7 @@ class Ranks:
 
 
 def ranks_of(model: Any) -> Ranks | None:
-    """The ranks of the `DistributedConfig` that a model is being loaded with; None where it is alone.
+    """The ranks that the `DistributedConfig` of a model's load asks for; None where it is alone.
 
     Raises:
         ModelError: they split the model in a way that moeq cannot.

@@ -265,13 +265,9 @@ def streams_kept(device: torch.device) -> bool:
 
 
 def load_plan(
-    model: nn.Module,
-    decision: Decision,
-    specs: Mapping[str, TensorSpec],
-    layers: LayerStream,
-    ranks: int = 1,
+    model: nn.Module, decision: Decision, specs: Mapping[str, TensorSpec], layers: LayerStream
 ) -> LoadPlan:
-    """Bytes of a load that quantizes, on one of some ranks."""
+    """Bytes of a load that quantizes."""
     state = model.state_dict()
     mapped = {
         name: spec
@@ -286,7 +282,6 @@ def load_plan(
         window_bytes=layers.window_bytes,
         host_bytes=layers.host_bytes,
         mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
-        ranks=ranks,
     )
 
 
@@ -295,11 +290,9 @@ def saved_plan(
     plans: tuple[LayerPlan, ...],
     specs: Mapping[str, TensorSpec],
     kept: dict[str, str],
-    ranks: int = 1,
 ) -> LoadPlan:
     """Bytes of a load of what moeq saved: transformers maps or copies it."""
-    none = {"window_bytes": 0, "host_bytes": 0, "mapped_bytes": 0}
-    return _plan(model, plans, specs, kept, **none, ranks=ranks)
+    return _plan(model, plans, specs, kept, window_bytes=0, host_bytes=0, mapped_bytes=0)
 
 
 def _plan(
@@ -311,7 +304,6 @@ def _plan(
     window_bytes: int,
     host_bytes: int,
     mapped_bytes: int,
-    ranks: int,
 ) -> LoadPlan:
     unquantized = [
         matrix
@@ -319,13 +311,11 @@ def _plan(
         if name in kept and not isinstance(module, nn.Linear)
         for matrix in expert_matrices(module)
     ]
-    unquantized_bytes = sum(p.numel() * p.element_size() for p in unquantized)
     skipped = sum(plan.skipped_bytes for plan in plans)
-    skipped += unquantized_bytes - unquantized_bytes // ranks
     return LoadPlan(
         plans,
         checkpoint_bytes=sum(spec.nbytes for spec in specs.values()) - skipped,
-        unquantized_bytes=unquantized_bytes // ranks,
+        unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
         unquantized_weights=sum(p.numel() for p in unquantized),
         kept=kept,
         window_bytes=window_bytes,

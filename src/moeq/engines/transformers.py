@@ -174,7 +174,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # `model` is passed from 5.20 on
         if self.pre_quantized:
             plans = saved_plans(self._model, self._targets, self._specs, weight_conversions)
-            self.plan = saved_plan(self._model, plans, self._specs, self._kept, self._count)
+            self.plan = saved_plan(self._model, plans, self._specs, self._kept)
             return weight_conversions
         with without_collections():
             decision = decide(
@@ -190,9 +190,9 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             for target in self._targets:
                 self._create_weights(target)
             # Only transformers knows how it splits what is not quantized
-            kept = None if self.ranks is None else {}
+            kept: dict[str, TensorSpec] | None = None if self.ranks is None else {}
             self._stream = LayerStream(self._model, decision, self._methods, self._device, kept)
-            self.plan = load_plan(self._model, decision, self._specs, self._stream, self._count)
+            self.plan = load_plan(self._model, decision, self._specs, self._stream)
         self._stream.prepare()
         claims = dict(self._routes.claims)
         claims.update(
@@ -256,10 +256,6 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.__dict__.pop(name, None)
 
     # Steps of the load.
-
-    @property
-    def _count(self) -> int:
-        return 1 if self.ranks is None else self.ranks.count
 
     def _advance(self, nbytes: int) -> None:
         self._read_bytes += nbytes
