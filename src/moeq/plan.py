@@ -54,6 +54,7 @@ class LayerShape:
         is_gated: whether experts have a gate beside up.
         has_bias: whether experts have biases (a linear's bias is not ours).
         local_experts: ids of the experts that this rank holds; all where absent.
+        local_channels: those of the I that this rank holds of every expert; all where absent.
     """
 
     name: str
@@ -64,11 +65,24 @@ class LayerShape:
     is_gated: bool = False
     has_bias: bool = False
     local_experts: range | None = None
+    local_channels: range | None = None
 
     @property
     def experts(self) -> range:
         """Ids of the experts held here."""
         return range(self.num_experts) if self.local_experts is None else self.local_experts
+
+    @property
+    def channels(self) -> range:
+        """Of the I held here."""
+        every = range(self.intermediate_size)
+        return every if self.local_channels is None else self.local_channels
+
+    def reads_rows(self, source: Source) -> bool:
+        """Whether only the local channels of a matrix are read. They lie together in gate and up;
+        of a row of down, the scale needs the whole."""
+        together = source.part != "down" and not (source.transposed or source.interleaved)
+        return self.local_channels is not None and together
 
     def matrix_shape(self, part: Part) -> tuple[int, int]:
         """[N, K] of one projection of one expert."""
@@ -94,8 +108,9 @@ class LayerShape:
         """Bytes of codes, scales and biases held here under a scheme."""
         held = len(self.experts)
         parts = 2 if self.is_gated else 1
-        down = self.matrix_shape("down")
-        up = (parts * self.intermediate_size, self.hidden_size)
+        width = len(self.channels)
+        down = self.matrix_shape("down") if self.kind == "linear" else (self.hidden_size, width)
+        up = (parts * width, self.hidden_size)
         matrices = [((held, *down), 1)]
         if self.kind == "moe":
             matrices.append(((held, *up), parts))
@@ -139,6 +154,8 @@ class LayerPlan:
 
     def _read_bytes(self, source: Source) -> int:
         nbytes, experts = source.spec.nbytes, self.shape.experts
+        if self.shape.reads_rows(source):
+            nbytes = nbytes * len(self.shape.channels) // self.shape.intermediate_size
         if source.expert is None:
             return nbytes * len(experts) // self.shape.num_experts
         return nbytes if source.expert in experts else 0

@@ -38,11 +38,19 @@ QWEN, GPT_OSS = BY_NAME["qwen3_moe"], BY_NAME["gpt_oss"]
 """A tensor per expert, and a plan that splits attention too; all experts in one tensor, with biases
 and a gate of their own."""
 
-BY_EXPERT = {"tp_size": RANKS, "ep_size": RANKS}
+WEIGHT_ONLY, FP8 = SCHEMES
+
+BY_EXPERT: dict[str, Any] = {"tp_size": RANKS, "ep_size": RANKS}
+BY_CHANNEL: dict[str, Any] = {"tp_size": RANKS}
+WAYS = ((WEIGHT_ONLY, BY_EXPERT), (FP8, BY_EXPERT), (WEIGHT_ONLY, BY_CHANNEL))
+"""Which scheme, and how ranks share its experts."""
+
+WHOLE_HEAD = {"lm_head": "replicate"}
+"""gpt_oss has no plan for tensor parallelism, and transformers wants one."""
 
 TOLERANCE = 1e-5
-"""Relative, in fp32: a token's experts are added on two ranks, then the two sums; the output of
-attention is summed over the heads of two ranks. About 1e-6; one wrong expert shows as 1e-2."""
+"""Relative, in fp32: the sums over a token's experts, over channels and over the heads of attention
+are made of two, in another order. About 2e-6; one wrong expert shows as 1e-2."""
 
 CHECKS: dict[str, Callable[[Path], None]] = {}
 
@@ -57,6 +65,8 @@ def make_folders(folder: Path) -> None:
     for architecture in (QWEN, GPT_OSS):
         model = architecture.make().to(torch.bfloat16)
         model.save_pretrained(folder / architecture.name)
+        if architecture is QWEN:
+            model.save_pretrained(folder / "fused", save_original_format=False)
     torch.manual_seed(1)
     model = QWEN.make().to(torch.bfloat16)
     for parameter in model.parameters():
@@ -64,8 +74,9 @@ def make_folders(folder: Path) -> None:
     model.save_pretrained(folder / "new")
     model.model.layers[1].mlp.experts.gate_up_proj.data[6, 3, 5] = torch.nan  # of the second rank
     model.save_pretrained(folder / "damaged")
-    odd = transformers.Qwen3MoeConfig.from_pretrained(folder / "qwen3_moe", num_experts=7)
-    QWEN.model_class(odd).to(torch.bfloat16).save_pretrained(folder / "odd")
+    for name, odd in ("odd_experts", "num_experts"), ("odd_channels", "moe_intermediate_size"):
+        config = transformers.Qwen3MoeConfig.from_pretrained(folder / "qwen3_moe", **{odd: 7})
+        QWEN.model_class(config).to(torch.bfloat16).save_pretrained(folder / name)
 
 
 def load(
@@ -104,16 +115,26 @@ def assert_same_logits(found: nn.Module, expected: nn.Module) -> None:
     assert (logits(found) - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
 
-def assert_slice(model: nn.Module, whole: nn.Module, architecture: Architecture = QWEN) -> None:
+def assert_share(
+    model: nn.Module, whole: nn.Module, way: dict[str, Any], architecture: Architecture = QWEN
+) -> None:
     """Every tensor of a rank's experts is its part of the single process's, to the bit."""
     for name in architecture.experts:
         ours, theirs = model.get_submodule(name), whole.get_submodule(name)
         expected = dict(theirs.named_parameters())
         assert expected.keys() == dict(ours.named_parameters()).keys()
         for parameter, tensor in ours.named_parameters():
-            part = expected[parameter].chunk(RANKS)[rank()]
+            part = share_of(parameter, expected[parameter].data, way)
             assert type(tensor.data) is Tensor
-            assert torch.equal(bits(tensor.data), bits(part.data)), (name, parameter)
+            assert torch.equal(bits(tensor.data), bits(part)), (name, parameter)
+
+
+def share_of(parameter: str, tensor: Tensor, way: dict[str, Any]) -> Tensor:
+    if way is BY_EXPERT:
+        return tensor.chunk(RANKS)[rank()]
+    if parameter.startswith("w13"):
+        return torch.cat([part.chunk(RANKS, 1)[rank()] for part in tensor.chunk(2, 1)], 1)
+    return tensor.chunk(RANKS, 2)[rank()] if parameter == "w2_codes" else tensor
 
 
 @contextlib.contextmanager
@@ -127,77 +148,68 @@ def nothing_allocated() -> Iterator[None]:
 
 
 @check
-def the_logits_are_those_of_one_process(folder: Path) -> None:
-    """Attention is split too, by transformers. Without gradients the outputs of all experts are
-    summed; with them tokens travel to their experts and back."""
-    for scheme in SCHEMES:
-        split, whole = (
-            load(folder / "qwen3_moe", moe=scheme),
-            load_alone(folder / "qwen3_moe", moe=scheme),
-        )
-        attention = split.model.layers[0].self_attn.q_proj.weight
-        assert attention.to_local().shape[0] * RANKS == attention.shape[0]
-        with torch.no_grad():
+def a_rank_has_its_share_and_the_logits_of_one_process(folder: Path) -> None:
+    """Attention is split too, by transformers. By expert and without gradients the outputs of all
+    experts are summed; with gradients tokens travel to their experts and back."""
+    for scheme, way in WAYS:
+        whole = load_alone(folder / "qwen3_moe", moe=scheme)
+        for name in ("qwen3_moe", "fused"):
+            split = load(folder / name, moe=scheme, **way)
+            attention = split.model.layers[0].self_attn.q_proj.weight
+            assert attention.to_local().shape[0] * RANKS == attention.shape[0]
+            assert_share(split, whole, way)
+            with torch.no_grad():
+                assert_same_logits(split, whole)
             assert_same_logits(split, whole)
-        assert_same_logits(split, whole)
 
 
 @check
-def the_logits_of_experts_with_biases_and_a_gate_of_their_own(folder: Path) -> None:
+def experts_with_biases_and_a_gate_of_their_own(folder: Path) -> None:
     for scheme in SCHEMES:
-        split = load(
-            folder / "gpt_oss", GPT_OSS, scheme, **BY_EXPERT, tp_plan={"lm_head": "replicate"}
-        )
+        split = load(folder / "gpt_oss", GPT_OSS, scheme, **BY_EXPERT, tp_plan=WHOLE_HEAD)
         whole = load_alone(folder / "gpt_oss", GPT_OSS, scheme)
-        assert_slice(split, whole, GPT_OSS)
+        assert_share(split, whole, BY_EXPERT, GPT_OSS)
         with torch.no_grad():
             assert_same_logits(split, whole)
 
 
 @check
-def the_codes_are_a_slice_of_one_process(folder: Path) -> None:
-    for scheme in SCHEMES:
-        split = load(folder / "qwen3_moe", moe=scheme)
-        assert_slice(split, load_alone(folder / "qwen3_moe", moe=scheme))
+def a_rank_reads_its_share_alone(folder: Path) -> None:
+    """Without the gaps that it otherwise reads over to save requests: of these sizes all are."""
+    for name, architecture, way in (
+        ("qwen3_moe", QWEN, BY_EXPERT),
+        ("fused", QWEN, BY_EXPERT),
+        ("gpt_oss", GPT_OSS, BY_EXPERT),
+        ("qwen3_moe", QWEN, BY_CHANNEL),
+        ("fused", QWEN, BY_CHANNEL),
+    ):
+        (file,) = (folder / name).glob("*.safetensors")
+        with recorded_reads() as read, mock.patch("moeq.checkpoint.stream._GAP", 0):
+            load(folder / name, architecture, **way, tp_plan=WHOLE_HEAD)
+        found = {byte for begin, end in read for byte in range(begin, end, 2)}
+        assert found == set(bytes_of_share(file, way))
+        assert sum(end - begin for begin, end in read) == 2 * len(found)  # none of them twice
 
 
-@check
-def a_rank_reads_its_own_experts_alone(folder: Path) -> None:
-    """Biases are so small that it reads over those of others, as over all small gaps."""
-    for architecture in (QWEN, GPT_OSS):
-        (file,) = (folder / architecture.name).glob("*.safetensors")
-        own, others = expert_bytes(file)
-        with recorded_reads() as read:
-            load(
-                folder / architecture.name,
-                architecture,
-                **BY_EXPERT,
-                tp_plan={"lm_head": "replicate"},
-            )
-        assert own and others
-        for begin, end in own:
-            assert any(first <= begin and end <= last for first, last in read)
-        for begin, end in others:
-            assert not any(first < end and begin < last for first, last in read)
-
-
-def expert_bytes(file: Path) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(first, end) of the matrices of this rank's experts in a file, and of the others'."""
-    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
-    pieces = []
+def bytes_of_share(file: Path, way: dict[str, Any]) -> Iterator[int]:
+    """Where in a file every bf16 of this rank's share of the experts begins. With channels apart,
+    of gate and up its own rows, of down all."""
     for spec in read_headers([file]).values():
         _, _, rest = spec.name.partition(".experts.")
-        number = rest.split(".")[0]
-        if number.isdigit():
-            pieces.append((int(number), spec.offset, spec.nbytes))
-        elif rest and not rest.endswith("_bias"):
-            each = spec.nbytes // spec.shape[0]
-            pieces += [(e, spec.offset + e * each, each) for e in range(spec.shape[0])]
-    experts = 1 + max(expert for expert, _, _ in pieces)
-    for expert, begin, nbytes in pieces:
-        is_other = expert * RANKS // experts != rank()
-        found[is_other].append((begin, begin + nbytes))
-    return found
+        if not rest:
+            continue
+        places = torch.arange(spec.offset, spec.offset + spec.nbytes, 2).view(spec.shape)
+        if way is BY_EXPERT:
+            number = rest.split(".")[0]
+            if not number.isdigit():
+                places = places.chunk(RANKS)[rank()]
+            elif int(number) * RANKS // 8 != rank():
+                continue
+        elif "gate_up" in rest:
+            places = torch.cat([part.chunk(RANKS, 1)[rank()] for part in places.chunk(2, 1)])
+        elif "down" not in rest:
+            places = places.chunk(RANKS)[rank()]
+        yield from places.flatten().tolist()
 
 
 @contextlib.contextmanager
@@ -216,14 +228,20 @@ def recorded_reads() -> Iterator[list[tuple[int, int]]]:
 
 @check
 def the_report_is_of_the_rank(folder: Path) -> None:
-    split = report_of(load(folder / "qwen3_moe"))
     whole = report_of(load_alone(folder / "qwen3_moe"))
-    assert split.coverage == 1.0
-    assert split.expert_bytes_before * RANKS == whole.expert_bytes_before
-    assert split.expert_bytes_after * RANKS == whole.expert_bytes_after
-    skipped = whole.total_bytes_before - split.total_bytes_before
-    assert skipped == split.expert_bytes_before
-    assert split.total_bytes_after < whole.total_bytes_after - split.expert_bytes_after
+    experts = report_of(load(folder / "qwen3_moe"))
+    assert experts.expert_bytes_before * RANKS == whole.expert_bytes_before
+    assert experts.expert_bytes_after * RANKS == whole.expert_bytes_after
+    channels = report_of(load(folder / "qwen3_moe", **BY_CHANNEL))
+    assert channels.expert_bytes_before * 3 == whole.expert_bytes_before * 2  # all of down
+    extra = 2 * 8 * 160 * 4 // 2  # the scales of down are on both ranks
+    assert channels.expert_bytes_after == experts.expert_bytes_after + extra
+    for split in (experts, channels):
+        assert split.coverage == 1.0
+        skipped = whole.total_bytes_before - split.total_bytes_before
+        assert skipped == whole.expert_bytes_before - split.expert_bytes_before
+        saved = whole.total_bytes_after - split.total_bytes_after
+        assert saved > whole.expert_bytes_after - split.expert_bytes_after  # attention too
     partly = load(folder / "qwen3_moe", ignore=[QWEN.experts[0]])
     assert report_of(partly).coverage == 0.5
 
@@ -231,32 +249,34 @@ def the_report_is_of_the_rank(folder: Path) -> None:
 @check
 def what_is_not_quantized_is_left_to_transformers(folder: Path) -> None:
     """Also where, for a GPU, it would be streamed; and so are experts that are ignored."""
-    with mock.patch.object(hf_stream, "streams_kept", lambda device: True):
-        split = load(folder / "qwen3_moe", ignore=[QWEN.experts[0]])
-    config = OnlineQuantizationConfig(moe=SCHEMES[0], ignore=[QWEN.experts[0]])
+    config = OnlineQuantizationConfig(moe=WEIGHT_ONLY, ignore=[QWEN.experts[0]])
     whole = QWEN.model_class.from_pretrained(
         folder / "qwen3_moe", quantization_config=config, dtype=torch.float32
     )
-    with torch.no_grad():
-        assert_same_logits(split, whole)
+    for way in (BY_EXPERT, BY_CHANNEL):
+        with mock.patch.object(hf_stream, "streams_kept", lambda device: True):
+            split = load(folder / "qwen3_moe", ignore=[QWEN.experts[0]], **way)
+        with torch.no_grad():
+            assert_same_logits(split, whole)
 
 
 @check
-def refresh_takes_the_rank_s_share(folder: Path) -> None:
+def refresh_takes_the_share_of_the_rank(folder: Path) -> None:
     """Of experts and of what transformers split, at the same addresses."""
     (file,) = (folder / "new").glob("*.safetensors")
-    split, fresh = load(folder / "qwen3_moe"), load(folder / "new")
-    before = [tensor.data_ptr() for tensor in split.model.layers[0].mlp.experts.parameters()]
-    report = moeq.refresh(split, load_file(file).items())
-    assert report.nbytes == sum(tensor.nbytes for tensor in load_file(file).values())
-    after = [tensor.data_ptr() for tensor in split.model.layers[0].mlp.experts.parameters()]
-    assert after == before
-    assert_same_state(local_state(split), local_state(fresh))
-    with torch.no_grad():
-        assert_same_logits(split, fresh)
-    tensors = load_file(file)
+    for way in (BY_EXPERT, BY_CHANNEL):
+        split, fresh = load(folder / "qwen3_moe", **way), load(folder / "new", **way)
+        experts = split.get_submodule(QWEN.experts[0])
+        before = [tensor.data_ptr() for tensor in experts.parameters()]
+        report = moeq.refresh(split, load_file(file).items())
+        assert report.nbytes == sum(tensor.nbytes for tensor in load_file(file).values())
+        assert [tensor.data_ptr() for tensor in experts.parameters()] == before
+        assert_same_state(local_state(split), local_state(fresh))
+        with torch.no_grad():
+            assert_same_logits(split, fresh)
+    split, tensors = load(folder / "qwen3_moe"), load_file(file)
     del tensors["model.layers.0.mlp.experts.1.up_proj.weight"]
-    with pytest.raises(RefreshError, match=r"up of expert 1") if rank() == 0 else no_error():
+    with pytest.raises(RefreshError, match="up of expert 1") if rank() == 0 else no_error():
         moeq.refresh(split, tensors.items())
 
 
@@ -271,19 +291,18 @@ def local_state(model: nn.Module) -> nn.Module:
 
 @check
 def a_saved_checkpoint_is_split_too(folder: Path) -> None:
-    for scheme in SCHEMES:
+    for scheme, way in WAYS:
         whole, saved = load_alone(folder / "qwen3_moe", moe=scheme), folder / f"saved-{scheme}"
-        if rank() == 0:
+        if rank() == 0 and not saved.exists():
             moeq.save(whole, saved)
         torch.distributed.barrier()
-        again = moeq.load(
-            saved, dtype=torch.float32, distributed_config=DistributedConfig(**BY_EXPERT)
-        )
-        assert_slice(again, whole)
+        config = DistributedConfig(**way)
+        again = moeq.load(saved, dtype=torch.float32, distributed_config=config)
+        assert_share(again, whole, way)
         with torch.no_grad():
             assert_same_logits(again, whole)
         assert report_of(again).coverage == 1.0
-        online = report_of(load(folder / "qwen3_moe", moe=scheme))
+        online = report_of(load(folder / "qwen3_moe", moe=scheme, **way))
         assert report_of(again).total_bytes_after == online.total_bytes_after
 
 
@@ -309,23 +328,25 @@ def moeq_load_takes_ranks(folder: Path) -> None:
         distributed_config=config,
         progress=lambda *found: seen.append(found),
     )
-    assert_slice(model, load_alone(folder / "qwen3_moe"))
+    assert_share(model, load_alone(folder / "qwen3_moe"), BY_EXPERT)
     assert seen[-1] == (report_of(model).total_bytes_before,) * 2
 
 
 @check
-def experts_that_cannot_be_shared_evenly(folder: Path) -> None:
+def what_cannot_be_shared_evenly(folder: Path) -> None:
     with nothing_allocated(), pytest.raises(ModelError, match="7 experts, which 2 ranks"):
-        load(folder / "odd")
+        load(folder / "odd_experts")
+    with nothing_allocated(), pytest.raises(ModelError, match="7 intermediate channels, which 2"):
+        load(folder / "odd_channels", **BY_CHANNEL)
 
 
 @check
-def experts_cut_across_their_matrices(folder: Path) -> None:
-    with (
-        nothing_allocated(),
-        pytest.raises(ModelError, match=r"DistributedConfig\(tp_size=2, ep_size=2\)"),
-    ):
-        load(folder / "qwen3_moe", tp_size=RANKS)
+def experts_that_cannot_be_cut(folder: Path) -> None:
+    advice = r"DistributedConfig\(tp_size=2, ep_size=2\)"
+    with nothing_allocated(), pytest.raises(ModelError, match=f"quantizes activations.*{advice}"):
+        load(folder / "qwen3_moe", moe=FP8, **BY_CHANNEL)
+    with nothing_allocated(), pytest.raises(ModelError, match=f"biases.*{advice}"):
+        load(folder / "gpt_oss", GPT_OSS, **BY_CHANNEL, tp_plan=WHOLE_HEAD)
 
 
 @check
@@ -357,10 +378,11 @@ def linears(folder: Path) -> None:
 
 @check
 def a_plan_that_leaves_experts_whole(folder: Path) -> None:
-    names = [f"model.layers.*.mlp.experts{end}" for end in ("", ".gate_up_proj", ".down_proj")]
-    plan = dict.fromkeys(names[1:], "replicate")
-    with nothing_allocated(), pytest.raises(ModelError, match="does not hand 4 of its 8 experts"):
-        load(folder / "qwen3_moe", **BY_EXPERT, ep_plan=plan)
+    names = [f"model.layers.*.mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    whole = dict.fromkeys(names, "replicate")
+    for plan, way in {"ep_plan": BY_EXPERT, "tp_plan": BY_CHANNEL}.items():
+        with nothing_allocated(), pytest.raises(ModelError, match=f"does not split.*{plan}"):
+            load(folder / "qwen3_moe", **way, **{plan: whole})
 
 
 @check
@@ -371,11 +393,14 @@ def kernels_that_are_not_ours(folder: Path) -> None:
 
 @check
 def damage_in_an_expert(folder: Path) -> None:
-    """The rank that holds it says so; the other has nothing to say."""
-    name = "model.layers.1.mlp.experts.6.gate_proj.weight"
-    expected = pytest.raises(moeq.MoeqError, match=name) if rank() == 1 else no_error()
-    with expected:
-        load(folder / "damaged")
+    """The rank that reads it says so; the other has nothing to say."""
+    name = r"model\.layers\.1\.mlp\.experts\.6\.gate_proj\.weight"
+    for way, finder, place in (
+        (BY_EXPERT, 1, rf"{name}: nan at \[3, 5\]"),
+        (BY_CHANNEL, 0, rf"{name}, from row 0: nan at \[3, 5\]"),
+    ):
+        with pytest.raises(moeq.MoeqError, match=place) if rank() == finder else no_error():
+            load(folder / "damaged", **way)
 
 
 @check

@@ -1,18 +1,24 @@
-"""One of several processes that share a model's experts: expert parallelism under torchrun.
+"""One of several processes that share a model under torchrun: expert or tensor parallelism.
 
-    distributed = DistributedConfig(tp_size=2, ep_size=2)
+    distributed = DistributedConfig(tp_size=2, ep_size=2)      # whole experts on each rank
+    distributed = DistributedConfig(tp_size=2)                 # a part of every expert on each
     from_pretrained(path, quantization_config=config, distributed_config=distributed)
 
-transformers hands every rank a contiguous run of each layer's experts. It wraps the experts'
-forward: every rank gets all tokens, ids of other ranks' experts become one past the last local one,
-and the ranks' outputs are summed (or, where gradients flow, tokens travel to their experts). All of
-that works on our forward as on its own. Ours is which experts' tensors are read: those of the rank
-and no others, into storage of their number. What is not quantized goes through transformers, which
-knows how it is split.
+transformers wraps the experts' forward, and what it does there works on ours as on its own. By
+expert, a rank has a contiguous run of them: it gets all tokens, ids of other ranks' experts become
+one past the last local one, and the ranks' outputs are summed (or, where gradients flow, tokens
+travel to their experts). Otherwise it has some of the I channels between the projections of every
+expert, and outputs are summed too.
 
-Left out, and refused before anything is allocated: experts cut across their matrices (tensor
-parallelism without expert parallelism), FSDP, and pipelines. A scale of such an expert's down
-projection would span ranks.
+Ours is what is read and held: of other ranks' experts nothing; of other ranks' channels no rows of
+gate and up where a file has rows together, but all of down, because the scale of a row of down
+spans the ranks. Who reads columns reads nearly everything anyway, and needs nobody to ask. So codes
+and scales are, to the bit, parts of those that one process would have. What is not quantized goes
+through transformers, which knows how it is split.
+
+Left out, and refused before anything is allocated: channels under schemes that quantize activations
+(a token's scale would be another on every rank), channels of experts with biases or with a norm
+behind them (each rank would add them), quantized linears that transformers splits, FSDP, pipelines.
 
 Written against `transformers.distributed` of 5.23; releases before `DistributedConfig.ep_size` are
 refused.
@@ -45,15 +51,17 @@ class Ranks:
     Attributes:
         count: of processes.
         index: of this one.
+        by_expert: whether each has whole experts, and not a part of every one.
         rules: how transformers splits the model's other modules, by names with `*` for numbers.
     """
 
     count: int
     index: int
+    by_expert: bool
     rules: dict[str, str]
 
     def split(self, target: Target) -> Target:
-        """A layer with this rank's experts alone.
+        """A layer with this rank's experts alone, or channels.
 
         Raises:
             ModelError: the ranks cannot share it.
@@ -70,30 +78,73 @@ class Ranks:
                     f" keep it whole: DistributedConfig(tp_plan={{{name!r}: {_WHOLE!r}}})",
                 )
             return target
-        if shape.num_experts % self.count:
+        if self.by_expert:
+            local = self._share(target, shape.num_experts, "experts")
+            shape = dataclasses.replace(shape, local_experts=local)
+        else:
+            self._check_channels(target)
+            local = self._share(target, shape.intermediate_size, "intermediate channels")
+            shape = dataclasses.replace(shape, local_channels=local)
+        return dataclasses.replace(target, shape=shape)
+
+    def _share(self, target: Target, total: int, what: str) -> range:
+        if total % self.count:
             raise ModelError(
-                f"{shape.name} has {shape.num_experts} experts, which {self.count} ranks cannot"
-                " share evenly",
-                hint="take a number of ranks that divides the number of experts",
+                f"{target.shape.name} has {total} {what}, which {self.count} ranks cannot share"
+                " evenly",
+                hint=f"take a number of ranks that divides {total}",
             )
-        each = shape.num_experts // self.count
-        local = range(self.index * each, (self.index + 1) * each)
-        return dataclasses.replace(target, shape=dataclasses.replace(shape, local_experts=local))
+        each = total // self.count
+        return range(self.index * each, (self.index + 1) * each)
+
+    def _check_channels(self, target: Target) -> None:
+        reason = ""
+        if target.scheme.quantizes_activations:
+            reason = f"{target.scheme.value} quantizes activations with a scale per token"
+        elif target.shape.has_bias:
+            reason = "each would add the biases of its experts"
+        elif getattr(target.module, "has_post_expert_norm", False):
+            reason = "a norm follows each expert"
+        if reason:
+            raise ModelError(
+                f"{target.shape.name}: ranks cannot each hold a part of every expert: {reason}",
+                hint=_USE_EXPERTS.format(self.count),
+            )
 
     def distribute(self, target: Target, device: torch.device) -> None:
         """Tell transformers, which loads codes of a saved checkpoint, that ours are a share."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import distribute_tensor
 
         if target.shape.kind == "linear":
             return
         mesh = init_device_mesh(device.type, (self.count,))
         module: Any = target.module
-        module.num_experts = len(target.shape.experts)  # as transformers does for its own
+        if self.by_expert:
+            module.num_experts = len(target.shape.experts)  # as transformers does for its own
         for name in quantized_names(module):
-            local = module._parameters[name].data
-            share = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            local = module._parameters[name]
+            dim, placement = self._placement(target, name)
+            shape = list(local.shape)
+            if dim is not None:
+                shape[dim] *= self.count
+            whole = torch.empty(shape, dtype=local.dtype, device="meta")
+            share = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
             module._parameters[name] = nn.Parameter(share, requires_grad=False)
+
+    def _placement(self, target: Target, name: str) -> tuple[int | None, Any]:
+        """The dimension along which one of our parameters is split, and how."""
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        if self.by_expert:
+            return 0, Shard(0)
+        if name == "w2_scale":
+            return None, Replicate()
+        if name == "w2_codes":
+            return 2, Shard(2)
+        # A part of gate, then the same of up
+        return 1, _StridedShard(1, split_factor=2) if target.shape.is_gated else Shard(1)
 
     def keep_local(self, target: Target) -> None:
         """Undo `distribute`: kernels take this rank's tensors."""
@@ -111,15 +162,18 @@ class Ranks:
         """
         if target.shape.kind == "linear":
             return
+        shape = target.shape
         originals = target.module._parameters.get(target.up_name)  # a saved checkpoint has none
-        held = len(target.shape.experts)
-        found = held if originals is None else len(local_part(originals))
-        if found != held or "forward" not in vars(target.module):
+        is_split = True
+        if originals is not None:
+            experts, part = len(shape.experts), local_part(originals)
+            is_split = len(part) == experts and part.numel() * self.count == originals.numel()
+        if not is_split or "forward" not in vars(target.module):
+            plan = "ep_plan" if self.by_expert else "tp_plan"
             raise ModelError(
-                f"{target.shape.name}: transformers does not hand {held} of its"
-                f" {target.shape.num_experts} experts to each rank",
-                hint="the model's expert-parallel plan does not cover the layer; add its rules to"
-                " DistributedConfig(ep_plan=...), or load in one process",
+                f"{shape.name}: transformers does not split its experts over {self.count} ranks",
+                hint=f"the model's plan does not cover the layer: add rules for it to"
+                f" DistributedConfig({plan}=...), or load in one process",
             )
 
 
@@ -147,19 +201,14 @@ def ranks_of(model: Any) -> Ranks | None:
                 f"{name}={sizes[name]}: moeq does not load models under {kind}",
                 hint=_USE_EXPERTS.format("N"),
             )
-    if sizes["ep_size"] == 1:
-        raise ModelError(
-            f"tp_size={count} without ep_size cuts the matrices of every expert, and their scales"
-            " would span ranks",
-            hint=_USE_EXPERTS.format(count),
-        )
     if config.ep_implementation == "deepgemm_megamoe":
         raise ModelError(
             "ep_implementation='deepgemm_megamoe' runs kernels of its own on unquantized experts",
             hint="leave it at 'auto'",
         )
     own = config.tp_plan if isinstance(config.tp_plan, dict) else {}
-    return Ranks(count, torch.distributed.get_rank(), {**model.tp_plan, **own})
+    by_expert = sizes["ep_size"] > 1
+    return Ranks(count, torch.distributed.get_rank(), by_expert, {**model.tp_plan, **own})
 
 
 def local_part(tensor: Any) -> Tensor:

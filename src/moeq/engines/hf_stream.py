@@ -7,6 +7,7 @@ ones, take a tenth of the time of transformers' own.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Mapping
@@ -35,7 +36,7 @@ from moeq.engines.hf_structure import Target, expert_matrices
 from moeq.memory import available_bytes
 from moeq.methods.base import OnlineMoEMethodBase, finite_scales
 from moeq.methods.linear import OnlineLinearMethod
-from moeq.plan import LayerPlan, LoadPlan, Source
+from moeq.plan import LayerPlan, LayerShape, LoadPlan, Part, Source
 from moeq.quantize import check_finite
 from moeq.span import Span
 
@@ -254,6 +255,7 @@ def create_method(
             has_bias=shape.has_bias,
             dtype=dtype,
             local_experts=shape.local_experts,
+            local_channels=shape.local_channels,
         )
     return method
 
@@ -349,14 +351,32 @@ def where(source: Source) -> str:
 
 
 def _quantized(target: Target, sources: tuple[Source, ...]) -> list[Piece]:
-    pieces = []
+    pieces, shape = [], target.shape
     for source in sources:
-        if target.shape.kind == "moe" and source.expert is None:
-            for expert in target.shape.experts:
-                key = _Quantized(target, source, expert)
-                pieces.append(matrix(source.spec, key, expert))
-        elif source.expert is None or source.expert in target.shape.experts:
-            pieces.append(whole(source.spec, _Quantized(target, source, source.expert)))
+        found = []
+        if shape.kind == "moe" and source.expert is None:
+            for expert in shape.experts:
+                found.append(matrix(source.spec, _Quantized(target, source, expert), expert))
+        elif source.expert is None or source.expert in shape.experts:
+            found.append(whole(source.spec, _Quantized(target, source, source.expert)))
+        for piece in found:
+            pieces += _local_rows(piece, shape) if shape.reads_rows(source) else [piece]
+    return pieces
+
+
+def _local_rows(piece: Piece, shape: LayerShape) -> list[Piece]:
+    """Of a matrix [P * I, H], the rows of local channels of each of its P projections."""
+    key: _Quantized = piece.key
+    channels, (count, *rest) = shape.channels, piece.shape
+    parts: tuple[Part, ...] = (key.source.part,)
+    if key.source.part == "gate_up":
+        parts = ("gate", "up")
+    pieces = []
+    for index, part in enumerate(parts):
+        first = index * count // len(parts) + channels.start
+        begin = piece.begin + first * (piece.nbytes // count)
+        mine = dataclasses.replace(key, source=dataclasses.replace(key.source, part=part))
+        pieces.append(Piece(piece.spec, mine, begin, (len(channels), *rest)))
     return pieces
 
 
