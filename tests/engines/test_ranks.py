@@ -10,15 +10,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from moeq.engines.hf_ranks import ranks_of
+from moeq.errors import ModelError
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("PyTorch was built without gloo", allow_module_level=True)
-pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers < 5.21")
 
 from tests.engines.ranks import CHECKS, RANKS, make_folders
+
+HAS_RANKS = hasattr(DistributedConfig(), "ep_implementation")
 
 SECONDS = 300
 """Of all checks together, on a busy machine."""
@@ -55,7 +61,20 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     return Launch(tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.skipif(not HAS_RANKS, reason="moeq's ranks need transformers 5.23")
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(check: str, launch: Launch) -> None:
     if not launch.passed(check):
         pytest.fail((launch.folder / "output").read_text(), pytrace=False)
+
+
+def test_earlier_transformers_split_experts_in_other_ways() -> None:
+    earlier = SimpleNamespace(tp_size=2, enable_expert_parallel=True)
+    model = SimpleNamespace(config=SimpleNamespace(distributed_config=earlier))
+    with pytest.raises(ModelError, match=r"needs transformers 5\.23"):
+        ranks_of(model)
+
+
+@pytest.mark.parametrize("config", [None, DistributedConfig()])
+def test_one_process_is_no_rank(config: DistributedConfig | None) -> None:
+    assert ranks_of(SimpleNamespace(config=SimpleNamespace(distributed_config=config))) is None

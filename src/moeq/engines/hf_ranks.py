@@ -20,8 +20,8 @@ Left out, and refused before anything is allocated: channels under schemes that 
 (a token's scale would be another on every rank), channels of experts with biases or with a norm
 behind them (each rank would add them), quantized linears that transformers splits, FSDP, pipelines.
 
-Written against `transformers.distributed` of 5.23; releases before `DistributedConfig.ep_size` are
-refused.
+Written against `transformers.distributed` of 5.23. Earlier releases are refused: they split experts
+in other ways, and 5.22 hands them tokens that have not arrived yet.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from moeq.engines.hf_routes import quantized_names
@@ -190,10 +191,10 @@ def ranks_of(model: Any) -> Ranks | None:
     if all(size == 1 for size in sizes.values()):
         return None
     count = sizes["tp_size"]
-    if not hasattr(config, "ep_size"):
+    if not hasattr(config, "ep_implementation"):
         raise ModelError(
-            "the installed transformers splits experts in a way that moeq does not know",
-            hint="ranks need transformers 5.23 or newer",
+            f"transformers {transformers.__version__} splits experts in a way of its own",
+            hint="for a model on several ranks moeq needs transformers 5.23 or newer",
         )
     for name, kind in _FOREIGN.items():
         if sizes[name] > 1:
