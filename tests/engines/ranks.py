@@ -8,6 +8,7 @@ each other forever.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,16 @@ def experts_with_biases_and_a_gate_of_their_own(folder: Path) -> None:
 
 
 @check
+def ranks_generate_what_one_process_does(folder: Path) -> None:
+    prompt = torch.tensor([[5, 9, 17, 33]])
+    choices: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    whole = load_alone(folder / "qwen3_moe").generate(prompt, **choices)
+    for way in (BY_EXPERT, BY_CHANNEL):
+        found = load(folder / "qwen3_moe", **way).generate(prompt, **choices)
+        assert torch.equal(found, whole)
+
+
+@check
 def a_rank_reads_its_share_alone(folder: Path) -> None:
     """Without the gaps that it otherwise reads over to save requests: of these sizes all are."""
     for name, architecture, way in (
@@ -314,6 +325,21 @@ def a_rank_cannot_save(folder: Path) -> None:
     with pytest.raises(ModelError, match="save_pretrained"):
         model.save_pretrained(folder / f"rank-{rank()}")
     assert not (folder / f"rank-{rank()}").exists()
+
+
+@check
+def what_the_readme_says(folder: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from transformers\.distributed.*?)```", readme, re.DOTALL)
+    names = {
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "path": folder / "qwen3_moe",
+        "config": OnlineQuantizationConfig(WEIGHT_ONLY),
+    }
+    for lines in (code, re.sub(r"(?m)^.*ep_size.*\n", "", code)):
+        exec(lines, names)
+        way = BY_EXPERT if lines is code else BY_CHANNEL
+        assert_share(names["model"], load_alone(folder / "qwen3_moe"), way)
 
 
 @check

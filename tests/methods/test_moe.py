@@ -14,6 +14,7 @@ from torch import nn
 from moeq import oracle
 from moeq.config import OnlineQuantizationConfig
 from moeq.errors import BackendError, CheckpointError, ModelError, NonFiniteError
+from moeq.methods import matrices
 from moeq.methods.base import OnlineMoEMethodBase, Projection
 from moeq.quantize import QMAX, amax, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
@@ -379,6 +380,23 @@ def test_local_channels_of_another_shape(projection: Projection, shape: tuple[in
         CheckpointError, match=rf"{projection}: shape|{projection}, from row 0: shape"
     ):
         method.load_expert(layer, 0, projection, torch.zeros(shape), projection)
+
+
+def test_kernels_that_find_the_scale_themselves_never_see_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Theirs would be the scale of the columns. Here they are a stand-in: a GPU has them."""
+    seen: list[matrices.Place] = []
+    monkeypatch.setattr(matrices, "_has_kernel", lambda codes: True)
+    monkeypatch.setattr(matrices, "_on_gpu", lambda places, granularity: seen.extend(places))
+    model = checkpoint()
+    method, layer = created(model, ONE, local_channels=range(75))
+    arrive(method, layer, model)
+    monkeypatch.undo()
+    whole = loaded(model, ONE)[1]
+    assert {place.weight.shape for place in seen} == {(75, 140)}
+    assert len(seen) == 2 * model.num_experts
+    assert torch.equal(layer.w2_codes, whole.w2_codes[:, :, :75])
 
 
 @pytest.mark.parametrize("local", [[1, 1], [0, 4], [-1]])

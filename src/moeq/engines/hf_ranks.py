@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,26 +113,27 @@ class Ranks:
                 hint=_USE_EXPERTS.format(self.count),
             )
 
-    def distribute(self, target: Target, device: torch.device) -> None:
+    def distribute(self, targets: Iterable[Target], device: torch.device) -> None:
         """Tell transformers, which loads codes of a saved checkpoint, that ours are a share."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import distribute_tensor
 
-        if target.shape.kind == "linear":
-            return
         mesh = init_device_mesh(device.type, (self.count,))
-        module: Any = target.module
-        if self.by_expert:
-            module.num_experts = len(target.shape.experts)  # as transformers does for its own
-        for name in quantized_names(module):
-            local = module._parameters[name]
-            dim, placement = self._placement(target, name)
-            shape = list(local.shape)
-            if dim is not None:
-                shape[dim] *= self.count
-            whole = torch.empty(shape, dtype=local.dtype, device="meta")
-            share = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
-            module._parameters[name] = nn.Parameter(share, requires_grad=False)
+        for target in targets:
+            if target.shape.kind == "linear":
+                continue
+            module: Any = target.module
+            if self.by_expert:
+                module.num_experts = len(target.shape.experts)  # as transformers does for its own
+            for name in quantized_names(module):
+                local = module._parameters[name]
+                dim, placement = self._placement(target, name)
+                shape = list(local.shape)
+                if dim is not None:
+                    shape[dim] *= self.count
+                whole = torch.empty(shape, dtype=local.dtype, device="meta")
+                share = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
+                module._parameters[name] = nn.Parameter(share, requires_grad=False)
 
     def _placement(self, target: Target, name: str) -> tuple[int | None, Any]:
         """The dimension along which one of our parameters is split, and how."""
@@ -185,7 +187,9 @@ def ranks_of(model: Any) -> Ranks | None:
         ModelError: they split the model in a way that moeq cannot.
     """
     config = getattr(model.config, "distributed_config", None)
-    if config is None:
+    if config is None or not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):
         return None
     sizes = {name: getattr(config, name, 1) or 1 for name in _SIZES}
     if all(size == 1 for size in sizes.values()):

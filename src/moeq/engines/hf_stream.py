@@ -111,6 +111,7 @@ class LayerStream:
         if kept is None:
             kept = decision.routes.plain if streams_kept(device) else {}
         self.kept = kept
+        self.maps_rest = not streams_kept(device)  # what transformers loads
         self.tensors: dict[str, Tensor] = {}
         sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
         self._modules = {target.shape.name: target.module for target in self._targets}
@@ -274,7 +275,7 @@ def load_plan(
     mapped = {
         name: spec
         for name, spec in decision.routes.plain.items()
-        if name not in layers.kept and spec.dtype == state[name].dtype
+        if layers.maps_rest and name not in layers.kept and spec.dtype == state[name].dtype
     }
     return _plan(
         model,

@@ -97,7 +97,7 @@ def load(
     with _LOCK, reporting_to(progress), without_collections():
         if saved:
             kwargs = {"variant": VARIANT} | kwargs
-        if not kwargs.keys() & {"distributed_config", "tp_plan", "tp_size"}:
+        if all(kwargs.get(name) is None for name in ("distributed_config", "tp_plan", "tp_size")):
             kwargs["device_map"] = device
         return model_class(entries).from_pretrained(folder, quantization_config=config, **kwargs)
 

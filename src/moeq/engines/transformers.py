@@ -8,11 +8,12 @@
 3. We put one converter in front of that table. It claims exactly those tensors; instead of merging
    a layer in bf16, all of them are streamed in file order, each expert's projection quantized into
    place as it arrives (`hf_stream`). Everything else loads as transformers loads it.
-4. Afterwards our layers get their classes, their kernels are chosen, and a `LoadReport` is kept.
+4. Afterwards the original parameters go, kernels are chosen, and a `LoadReport` is kept.
 
 A checkpoint that `moeq.save` wrote holds codes and scales under names of their own and loads
-as any other, without step 2 and 3. Written against transformers 5.17 to 5.23: the hooks that
-changed between those are marked.
+as any other, without step 2 and 3. Under torchrun each rank does all this with its share of the
+experts (`hf_ranks`). Written against transformers 5.17 to 5.23: the hooks that changed between
+those are marked.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def update_device_map(self, device_map: Any) -> Any:
-        """One device. Several are for tensor and expert parallelism, not for a device map."""
+        """One device. Several are for ranks, with one each."""
         if device_map is None:
             return None
         if device_map == "auto":
@@ -167,8 +168,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             for target in self._targets:
                 self._create_weights(target)
                 self._finish_structure(target)
-                if self.ranks is not None:
-                    self.ranks.distribute(target, self._device)
+            if self.ranks is not None:
+                self.ranks.distribute(self._targets, self._device)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> Any:
         # `model` is passed from 5.20 on
