@@ -21,7 +21,7 @@ Left out, and refused before anything is allocated: channels under schemes that 
 behind them (each rank would add them), quantized linears that transformers splits, FSDP, pipelines.
 
 Written against `transformers.distributed` of 5.23. Earlier releases are refused: they split experts
-in other ways, and 5.22 hands them tokens that have not arrived yet.
+in other ways, and under 5.21 and 5.22 logits come out wrong.
 """
 
 from __future__ import annotations

@@ -128,6 +128,9 @@ class LayerStream:
         # A CPU's worker has its chunk, a transposed and a waiting copy, and temporaries; of a GPU's
         # buffers some are read into while one is copied
         each = largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
+        # Columns of down are copies until their chunk is done
+        copies = largest if any(t.shape.local_channels for t in self._targets) else 0
+        each += 0 if on_gpu else copies
         # On a CPU some wait for the disk while others quantize
         wanted = min(os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2, _MOST_WORKERS)
         affordable = limit // max(each, 1)
@@ -138,7 +141,7 @@ class LayerStream:
         if on_gpu:
             self.host_bytes = self._buffers * largest + objects
             # A chunk of each stream, and a matrix that waits for its pair or was transposed
-            self.window_bytes = _STREAMS * (largest + 2 * piece)
+            self.window_bytes = _STREAMS * (largest + 2 * piece + copies)
         else:
             self.host_bytes = self.window_bytes = self.workers * each + objects
         self._ring: Ring | None = None
