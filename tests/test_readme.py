@@ -27,7 +27,7 @@ def python(code: str) -> str:
 
 
 def test_transformers_and_reload_blocks_run(tmp_path: Path) -> None:
-    online, reload, refresh = blocks("python")
+    online, reload, refresh, _ranks = blocks("python")  # the last: tests/engines/ranks.py
     saved = str(tmp_path / "saved")
     code = online.replace("Qwen/Qwen3-30B-A3B", str(model_folder()))
     code += f"\nimport moeq; moeq.save(model, {saved!r})"

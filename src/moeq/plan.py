@@ -53,6 +53,8 @@ class LayerShape:
         intermediate_size: I; output rows of a linear.
         is_gated: whether experts have a gate beside up.
         has_bias: whether experts have biases (a linear's bias is not ours).
+        local_experts: ids of the experts that this rank holds; all where absent.
+        local_channels: those of the I that this rank holds of every expert; all where absent.
     """
 
     name: str
@@ -62,6 +64,25 @@ class LayerShape:
     intermediate_size: int
     is_gated: bool = False
     has_bias: bool = False
+    local_experts: range | None = None
+    local_channels: range | None = None
+
+    @property
+    def experts(self) -> range:
+        """Ids of the experts held here."""
+        return range(self.num_experts) if self.local_experts is None else self.local_experts
+
+    @property
+    def channels(self) -> range:
+        """Of the I held here."""
+        every = range(self.intermediate_size)
+        return every if self.local_channels is None else self.local_channels
+
+    def reads_rows(self, source: Source) -> bool:
+        """Whether only the local channels of a matrix are read. They lie together in gate and up;
+        of a row of down, the scale needs the whole."""
+        together = source.part != "down" and not (source.transposed or source.interleaved)
+        return self.local_channels is not None and together
 
     def matrix_shape(self, part: Part) -> tuple[int, int]:
         """[N, K] of one projection of one expert."""
@@ -78,25 +99,27 @@ class LayerShape:
 
     @property
     def num_weights(self) -> int:
-        """Of all matrices, biases not counted."""
+        """Of all matrices on all ranks, biases not counted."""
         per_expert = self.hidden_size * self.intermediate_size
         matrices = 1 if self.kind == "linear" else 3 if self.is_gated else 2
         return self.num_experts * matrices * per_expert
 
     def quantized_bytes(self, scheme: OnlineQuantScheme, bias_itemsize: int) -> int:
-        """Bytes of codes, scales and biases under a scheme."""
+        """Bytes of codes, scales and biases held here under a scheme."""
+        held = len(self.experts)
         parts = 2 if self.is_gated else 1
-        down = self.matrix_shape("down")
-        up = (parts * self.intermediate_size, self.hidden_size)
-        matrices = [((self.num_experts, *down), 1)]
+        width = len(self.channels)
+        down = self.matrix_shape("down") if self.kind == "linear" else (self.hidden_size, width)
+        up = (parts * width, self.hidden_size)
+        matrices = [((held, *down), 1)]
         if self.kind == "moe":
-            matrices.append(((self.num_experts, *up), parts))
+            matrices.append(((held, *up), parts))
         total = 0
         for shape, stacked in matrices:
             scales = math.prod(scale_shape(scheme.granularity, shape, stacked))
             total += math.prod(shape) * scheme.weight_dtype.itemsize + 4 * scales
         if self.has_bias:
-            total += self.num_experts * (up[0] + down[0]) * bias_itemsize
+            total += held * (up[0] + down[0]) * bias_itemsize
         return total
 
 
@@ -110,13 +133,18 @@ class LayerPlan:
 
     @property
     def source_bytes(self) -> int:
-        """Read from the checkpoint for this layer."""
-        return sum(source.spec.nbytes for source in self.sources)
+        """Read here from the checkpoint for this layer."""
+        return sum(self._read_bytes(source) for source in self.sources)
 
     @property
     def bias_bytes(self) -> int:
         """Of those, biases."""
-        return sum(source.spec.nbytes for source in self.sources if source.is_bias)
+        return sum(self._read_bytes(source) for source in self.sources if source.is_bias)
+
+    @property
+    def skipped_bytes(self) -> int:
+        """Of this layer's tensors, what other ranks read."""
+        return sum(source.spec.nbytes for source in self.sources) - self.source_bytes
 
     @property
     def final_bytes(self) -> int:
@@ -124,10 +152,19 @@ class LayerPlan:
         itemsizes = [s.spec.dtype.itemsize for s in self.sources if s.is_bias]
         return self.shape.quantized_bytes(self.scheme, itemsizes[0] if itemsizes else 0)
 
+    def _read_bytes(self, source: Source) -> int:
+        nbytes, experts = source.spec.nbytes, self.shape.experts
+        if self.shape.reads_rows(source):
+            nbytes = nbytes * len(self.shape.channels) // self.shape.intermediate_size
+        if source.expert is None:
+            return nbytes * len(experts) // self.shape.num_experts
+        return nbytes if source.expert in experts else 0
+
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The whole model.
+    """The whole model, or a rank's share: of quantized layers its own experts, of all else
+    everything, because only transformers knows what it splits.
 
     Attributes:
         layers: that are quantized.

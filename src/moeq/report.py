@@ -14,7 +14,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Printed after every load.
+    """Printed after every load. Of several ranks each has its own, of its share (see `LoadPlan`).
 
     Attributes:
         expert_bytes_before: of expert weights in the checkpoint.

@@ -34,8 +34,12 @@ class Span(NamedTuple):
         flat = self.base.view(-1)[self.at : self.at + math.prod(self.shape)]
         return flat.view(self.shape)
 
+    def rows(self, first: int, count: int) -> Span:
+        """Some of the rows."""
+        _, *rest = self.shape
+        return Span(self.base, self.at + first * math.prod(rest), (count, *rest))
+
     def halves(self) -> tuple[Span, Span]:
         """The first and the second half of the rows."""
-        rows, *rest = self.shape
-        shape = (rows // 2, *rest)
-        return Span(self.base, self.at, shape), Span(self.base, self.at + math.prod(shape), shape)
+        half = self.shape[0] // 2
+        return self.rows(0, half), self.rows(half, half)

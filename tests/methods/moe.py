@@ -64,6 +64,7 @@ def created(
     scheme: OnlineQuantScheme | str,
     *,
     local_experts: Sequence[int] | None = None,
+    local_channels: range | None = None,
     backend: str = "reference",
 ) -> tuple[OnlineMoEMethodBase, nn.Module]:
     """A method and its layer, with memory taken and nothing loaded."""
@@ -80,6 +81,7 @@ def created(
         has_bias=bool(model.biases),
         dtype=next(iter(model.weights.values())).dtype,
         local_experts=local_experts,
+        local_channels=local_channels,
     )
     method.materialize(layer, torch.device("cpu"))
     return method, layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -13,10 +14,11 @@ from torch import nn
 from moeq import oracle
 from moeq.config import OnlineQuantizationConfig
 from moeq.errors import BackendError, CheckpointError, ModelError, NonFiniteError
-from moeq.methods.base import OnlineMoEMethodBase, finite_scales
+from moeq.methods import matrices
+from moeq.methods.base import OnlineMoEMethodBase, Projection, finite_scales
 from moeq.quantize import QMAX, amax, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
-from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, stored
+from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, routing, stored
 
 EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
@@ -334,6 +336,94 @@ def test_what_was_saved_quantized_needs_no_arrivals() -> None:
     assert method.choice is not None
     assert stored(fresh) == stored(layer)
     assert saved.choice is not None
+
+
+# A part of every expert
+
+
+@pytest.mark.parametrize("rows_alone", [False, True])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_local_channels_are_a_part_of_the_whole(is_gated: bool, rows_alone: bool) -> None:
+    """To the bit, also where another rank holds the largest value of a row of down; gate and up
+    arrive whole or as the rows that are held."""
+    model = checkpoint(is_gated=is_gated)
+    for expert in range(model.num_experts):
+        model.weights[expert, "down"][7, 3 + 70 * expert] = 9.0
+    whole = loaded(model, ONE)[1]
+    for channels in (range(75), range(75, 150)):
+        held = slice(channels.start, channels.stop)
+        method, layer = created(model, ONE, local_channels=channels)
+        weights = dict(model.weights)
+        if rows_alone:
+            weights |= {key: w[held] for key, w in weights.items() if key[1] != "down"}
+        arrive(method, layer, dataclasses.replace(model, weights=weights))
+        method.process_weights_after_loading(layer, activation="silu")
+        parts = 2 if is_gated else 1
+        for name in ("w13_codes", "w13_scale"):
+            split = whole.get_parameter(name).unflatten(1, (parts, 150))[:, :, held]
+            assert torch.equal(layer.get_parameter(name), split.flatten(1, 2)), name
+        assert torch.equal(layer.w2_codes, whole.w2_codes[:, :, held])
+        assert torch.equal(layer.w2_scale, whole.w2_scale)
+
+
+def test_outputs_of_all_channels_add_up() -> None:
+    """To 1e-5 of the largest: fp32 sums over 150 channels, made of two."""
+    model = checkpoint(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, model.hidden, generator=generator)
+    ids, weights = routing(5, model.num_experts)
+    method, layer = loaded(model, ONE)
+    expected = method.apply(layer, x, ids, weights)
+    found = torch.zeros_like(expected)
+    for channels in (range(75), range(75, 150)):
+        method, layer = created(model, ONE, local_channels=channels)
+        arrive(method, layer, model)
+        method.process_weights_after_loading(layer, activation="silu")
+        found += method.apply(layer, x, ids, weights)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("projection", "index", "says"),
+    [
+        ("up", (80, 2), r"up_proj\.weight, from row 75: nan at \[5, 2\]"),
+        ("down", (4, 3), r"down_proj\.weight: nan at \[4, 3\]"),  # of another rank's columns
+    ],
+)
+def test_damage_among_channels(projection: str, index: tuple[int, int], says: str) -> None:
+    model = checkpoint()
+    model.weights[1, projection][index] = math.nan
+    method, layer = created(model, ONE, local_channels=range(75, 150))
+    with pytest.raises(NonFiniteError, match=says):
+        arrive(method, layer, model)
+
+
+@pytest.mark.parametrize(
+    ("projection", "shape"), [("gate", (74, 140)), ("up", (150, 139)), ("down", (140, 75))]
+)
+def test_local_channels_of_another_shape(projection: Projection, shape: tuple[int, int]) -> None:
+    method, layer = created(checkpoint(), ONE, local_channels=range(75))
+    with pytest.raises(
+        CheckpointError, match=rf"{projection}: shape|{projection}, from row 0: shape"
+    ):
+        method.load_expert(layer, 0, projection, torch.zeros(shape), projection)
+
+
+def test_kernels_that_find_the_scale_themselves_never_see_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Theirs would be the scale of the columns. Here they are a stand-in: a GPU has them."""
+    seen: list[matrices.Place] = []
+    monkeypatch.setattr(matrices, "_has_kernel", lambda codes: True)
+    monkeypatch.setattr(matrices, "_on_gpu", lambda places, granularity: seen.extend(places))
+    model = checkpoint()
+    method, layer = created(model, ONE, local_channels=range(75))
+    arrive(method, layer, model)
+    monkeypatch.undo()
+    whole = loaded(model, ONE)[1]
+    assert {place.weight.shape for place in seen} == {(75, 140)}
+    assert len(seen) == 2 * model.num_experts
+    assert torch.equal(layer.w2_codes, whole.w2_codes[:, :, :75])
 
 
 @pytest.mark.parametrize("local", [[1, 1], [0, 4], [-1]])

@@ -19,7 +19,7 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_router import Route, Router, fed_by, source_of
 from moeq.engines.hf_structure import Target, fp32_patterns
 from moeq.errors import CheckpointError
-from moeq.plan import LayerPlan, Source, check_sources
+from moeq.plan import LayerPlan, Part, Source, check_sources
 from moeq.quantize import WEIGHT_DTYPES
 
 
@@ -328,7 +328,8 @@ def saved_plans(
                     f"{spec.file.name}: {spec.name!r} is {spec.dtype} {list(spec.shape)}, expected"
                     f" {expected.dtype} {list(expected.shape)}"
                 )
-            sources.append(Source(spec, "down", is_bias=name.endswith("_bias")))
+            part: Part = "up" if name.startswith("w13") else "down"
+            sources.append(Source(spec, part, is_bias=name.endswith("_bias")))
         plans.append(LayerPlan(target.shape, target.scheme, tuple(sources)))
     return tuple(plans)
 

@@ -7,6 +7,7 @@ ones, take a tenth of the time of transformers' own.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import warnings
@@ -36,7 +37,7 @@ from moeq.engines.hf_structure import Target, expert_matrices
 from moeq.memory import available_bytes
 from moeq.methods.base import OnlineMoEMethodBase, finite_scales
 from moeq.methods.linear import OnlineLinearMethod
-from moeq.plan import LayerPlan, LoadPlan, Source
+from moeq.plan import LayerPlan, LayerShape, LoadPlan, Part, Source
 from moeq.quantize import check_finite
 from moeq.span import Span
 
@@ -111,6 +112,7 @@ class LayerStream:
         if kept is None:
             kept = decision.routes.plain if streams_kept(device) else {}
         self.kept = kept
+        self.maps_rest = not streams_kept(device)  # what transformers loads
         self.tensors: dict[str, Tensor] = {}
         sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
         self._modules = {target.shape.name: target.module for target in self._targets}
@@ -127,6 +129,9 @@ class LayerStream:
         # A CPU's worker has its chunk, a transposed and a waiting copy, and temporaries; of a GPU's
         # buffers some are read into while one is copied
         each = largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
+        # Columns of down are copies until their chunk is done
+        copies = largest if any(t.shape.local_channels for t in self._targets) else 0
+        each += 0 if on_gpu else copies
         # On a CPU some wait for the disk while others quantize
         wanted = min(os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2, _MOST_WORKERS)
         affordable = limit // max(each, 1)
@@ -137,7 +142,7 @@ class LayerStream:
         if on_gpu:
             self.host_bytes = self._buffers * largest + objects
             # A chunk of each stream, and a matrix that waits for its pair or was transposed
-            self.window_bytes = _STREAMS * (largest + 2 * piece)
+            self.window_bytes = _STREAMS * (largest + 2 * piece + copies)
         else:
             self.host_bytes = self.window_bytes = self.workers * each + objects
         self._ring: Ring | None = None
@@ -268,6 +273,8 @@ def create_method(
             is_gated=shape.is_gated,
             has_bias=shape.has_bias,
             dtype=dtype,
+            local_experts=shape.local_experts,
+            local_channels=shape.local_channels,
         )
     return method
 
@@ -286,7 +293,7 @@ def load_plan(
     mapped = {
         name: spec
         for name, spec in decision.routes.plain.items()
-        if name not in layers.kept and spec.dtype == state[name].dtype
+        if layers.maps_rest and name not in layers.kept and spec.dtype == state[name].dtype
     }
     return _plan(
         model,
@@ -327,9 +334,10 @@ def _plan(
         if name in kept and not isinstance(module, nn.Linear)
         for matrix in expert_matrices(module)
     ]
+    skipped = sum(plan.skipped_bytes for plan in plans)
     return LoadPlan(
         plans,
-        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
+        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()) - skipped,
         unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
         unquantized_weights=sum(p.numel() for p in unquantized),
         kept=kept,
@@ -365,14 +373,32 @@ def where(source: Source) -> str:
 
 
 def _quantized(target: Target, sources: tuple[Source, ...]) -> list[Piece]:
-    pieces = []
+    pieces, shape = [], target.shape
     for source in sources:
-        if target.shape.kind == "moe" and source.expert is None:
-            for expert in range(target.shape.num_experts):
-                key = _Quantized(target, source, expert)
-                pieces.append(matrix(source.spec, key, expert))
-        else:
-            pieces.append(whole(source.spec, _Quantized(target, source, source.expert)))
+        found = []
+        if shape.kind == "moe" and source.expert is None:
+            for expert in shape.experts:
+                found.append(matrix(source.spec, _Quantized(target, source, expert), expert))
+        elif source.expert is None or source.expert in shape.experts:
+            found.append(whole(source.spec, _Quantized(target, source, source.expert)))
+        for piece in found:
+            pieces += _local_rows(piece, shape) if shape.reads_rows(source) else [piece]
+    return pieces
+
+
+def _local_rows(piece: Piece, shape: LayerShape) -> list[Piece]:
+    """Of a matrix [P * I, H], the rows of local channels of each of its P projections."""
+    key: _Quantized = piece.key
+    channels, (count, *rest) = shape.channels, piece.shape
+    parts: tuple[Part, ...] = (key.source.part,)
+    if key.source.part == "gate_up":
+        parts = ("gate", "up")
+    pieces = []
+    for index, part in enumerate(parts):
+        first = index * count // len(parts) + channels.start
+        begin = piece.begin + first * (piece.nbytes // count)
+        mine = dataclasses.replace(key, source=dataclasses.replace(key.source, part=part))
+        pieces.append(Piece(piece.spec, mine, begin, (len(channels), *rest)))
     return pieces
 
 

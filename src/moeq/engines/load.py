@@ -69,7 +69,8 @@ def load(
     Args:
         model: a folder, or an id on the Hugging Face hub.
         quantization: a scheme's name or a config; None for a checkpoint that moeq saved.
-        device: "cpu", "cuda", "cuda:1", ...
+        device: "cpu", "cuda", "cuda:1", ...; with a `distributed_config` every rank has the one
+            that transformers binds it to.
         cache: keep the quantized model in `moeq.checkpoint.cache`, and take it from there next
             time. A cache that cannot be written is a warning.
         progress: called with bytes read so far and bytes to read.
@@ -100,6 +101,8 @@ def load(
         raise ConfigError(
             f"{folder} is not quantized and no scheme is named", hint=f"name one of: {known}"
         )
+    if "device_map" in kwargs:
+        raise ConfigError("device_map is for from_pretrained", hint="pass device=")
     try:
         torch.device(device)
     except RuntimeError:
@@ -107,6 +110,11 @@ def load(
     if cache and config is not None:
         if config.backend is not None:
             raise ConfigError("a cached model chooses its kernels itself: no backend with a cache")
+        if _is_distributed(kwargs):
+            raise ConfigError(
+                "ranks have a part of a model each, and a cache has whole ones",
+                hint="`moeq quantize` writes a folder that loads on ranks",
+            )
         recipe = {"quantization": config.to_dict(), "kwargs": {k: str(kwargs[k]) for k in kwargs}}
         entry = cache_folder() / entry_name(folder, recipe)
         return _cached(entry, folder, config, device, progress, kwargs)
@@ -152,15 +160,22 @@ def _load(
     with _LOCK, reporting_to(progress), without_collections():
         if config is None:
             kwargs = {"variant": VARIANT} | kwargs
+        if not _is_distributed(kwargs):
+            kwargs["device_map"] = device
         try:
             return model_class(entries).from_pretrained(
-                folder, quantization_config=config, device_map=device, **kwargs
+                folder, quantization_config=config, **kwargs
             )
         except MoeqError:
             raise
         except Exception:
             empty_model(folder)  # if that fails too it says which config is to blame
             raise
+
+
+def _is_distributed(kwargs: dict[str, Any]) -> bool:
+    """Whether transformers is to put the model on several ranks, and chooses devices itself."""
+    return any(kwargs.get(name) for name in ("distributed_config", "tp_plan", "tp_size"))
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
         model: that moeq loaded.
         tensors: (name in the original checkpoint, tensor), fp16, bf16 or fp32 on any device; every
             tensor of the checkpoint once, in any order. They keep their values until this returns:
-            several are quantized at once.
+            several are quantized at once. Ranks that share the model are each given all of them
+            and take their own.
 
     Raises:
         RefreshError: a tensor is missing, twice, unknown, misshapen or not finite. What arrived
@@ -204,7 +205,10 @@ class _Refresh:
             raise RefreshError(
                 f"{name!r} has shape {list(tensor.shape)}, expected {list(kept.shape)}"
             )
-        kept.copy_(tensor)
+        if hasattr(kept, "device_mesh"):  # split over ranks, each of which takes its part
+            kept.to_local().copy_(_part_of(tensor.to(kept.device), kept))
+        else:
+            kept.copy_(tensor)
 
     def _take(self, layer: str, source: Source, tensor: Tensor) -> None:
         method, module = self._methods[layer], self._modules[layer]
@@ -265,6 +269,15 @@ class _Refresh:
 def _version(tensor: Tensor) -> int:
     """Grows with every operator that writes to a tensor or to a view of it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _part_of(tensor: Tensor, kept: Any) -> Tensor:
+    """What this rank holds of a tensor that is split as `kept` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    split: Any = distribute_tensor(tensor, kept.device_mesh, kept.placements, src_data_rank=None)
+    part: Tensor = split.to_local()
+    return part
 
 
 def method_device(module: nn.Module) -> torch.device:

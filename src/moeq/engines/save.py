@@ -46,11 +46,17 @@ def save(model: Any, folder: str | Path, *, max_shard_size: str | int = "5GB") -
         max_shard_size: of a weight file.
 
     Raises:
-        ModelError: moeq did not quantize the model.
+        ModelError: moeq did not quantize the model, or it is split over ranks.
         CheckpointError: the folder exists, or its disk is too small.
     """
-    if not isinstance(getattr(model, "hf_quantizer", None), MoeqHfQuantizer):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, MoeqHfQuantizer):
         raise ModelError("the model was not quantized by moeq while it loaded")
+    if quantizer.ranks is not None:
+        raise ModelError(
+            f"the model is split over {quantizer.ranks.count} ranks, none of which has it whole",
+            hint="`moeq quantize` writes the same folder from the checkpoint",
+        )
     target = Path(folder)
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, nbytes) as staging:

@@ -8,11 +8,12 @@
 3. We put one converter in front of that table. It claims exactly those tensors; instead of merging
    a layer in bf16, all of them are streamed in file order, each expert's projection quantized into
    place as it arrives (`hf_stream`). Everything else loads as transformers loads it.
-4. Afterwards our layers get their classes, their kernels are chosen, and a `LoadReport` is kept.
+4. Afterwards the original parameters go, kernels are chosen, and a `LoadReport` is kept.
 
 A checkpoint that `moeq.save` wrote holds codes and scales under names of their own and loads
-as any other, without step 2 and 3. Written against transformers 5.17 to 5.23: the hooks that
-changed between those are marked.
+as any other, without step 2 and 3. Under torchrun each rank does all this with its share of the
+experts (`hf_ranks`). Written against transformers 5.17 to 5.23: the hooks that changed between
+those are marked.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from moeq.checkpoint.headers import TensorSpec, read_headers
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
+from moeq.engines.hf_ranks import Ranks, local_bytes, ranks_of
 from moeq.engines.hf_routes import Routes, decide, quantized_names, saved_plans
 from moeq.engines.hf_stream import LayerStream, create_method, load_plan, saved_plan
 from moeq.engines.hf_structure import Target, activation_of, find_targets
@@ -91,6 +93,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: OnlineQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: LoadReport | None = None
+        self.ranks: Ranks | None = None
         self._targets: list[Target] = []
         self._kept: dict[str, str] = {}
         self._methods: dict[str, OnlineMoEMethodBase | OnlineLinearMethod] = {}
@@ -116,7 +119,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def update_device_map(self, device_map: Any) -> Any:
-        """One device. Several are for tensor and expert parallelism, not for a device map."""
+        """One device. Several are for ranks, with one each."""
         if device_map is None:
             return None
         if device_map == "auto":
@@ -158,10 +161,15 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         with without_collections():
             self._specs = read_headers([Path(file) for file in files])
         self._targets, self._kept = find_targets(model, self.quantization_config)
+        self.ranks = ranks_of(model)
+        if self.ranks is not None:
+            self._targets = [self.ranks.split(target) for target in self._targets]
         if self.pre_quantized:
             for target in self._targets:
                 self._create_weights(target)
                 self._finish_structure(target)
+            if self.ranks is not None:
+                self.ranks.distribute(self._targets, self._device)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> Any:
         # `model` is passed from 5.20 on
@@ -182,7 +190,9 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._routes = decision.routes
             for target in self._targets:
                 self._create_weights(target)
-            self._stream = LayerStream(self._model, decision, self._methods, self._device)
+            # Only transformers knows how it splits what is not quantized
+            kept: dict[str, TensorSpec] | None = None if self.ranks is None else {}
+            self._stream = LayerStream(self._model, decision, self._methods, self._device, kept)
             self.plan = load_plan(self._model, decision, self._specs, self._stream)
         self._stream.prepare()
         claims = dict(self._routes.claims)
@@ -201,11 +211,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._stream is not None and not self._streamed:
             self._streamed = True
             for target in self._targets:
-                if "DTensor" in type(target.module._parameters[target.up_name]).__name__:
-                    raise ModelError(
-                        f"{target.shape.name} is sharded over ranks",
-                        hint="moeq's transformers engine runs one process",
-                    )
+                if self.ranks is not None:
+                    self.ranks.check(target)
             with without_collections():
                 self._stream.run(self._advance)
         if parameter in self._stream.tensors:
@@ -217,6 +224,9 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for target in self._targets:
             if self.pre_quantized:
+                if self.ranks is not None:
+                    self.ranks.check(target)
+                    self.ranks.keep_local(target)
                 self._methods[target.shape.name].mark_loaded(target.module, target.shape.name)
             else:
                 self._finish_structure(target)
@@ -232,7 +242,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._advance(self.plan.checkpoint_bytes - self._read_bytes)  # transformers' share
         self.report = make_report(
             self.plan,
-            model_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            model_bytes=local_bytes(model),
             peak=self._memory.peak_bytes,
             seconds=time.perf_counter() - self._started,
             kernels=self._kernels(),
@@ -258,11 +268,15 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._methods[target.shape.name] = method
         if isinstance(method, OnlineLinearMethod):
             method.select_backend(self._device)
-        else:
-            method.select_backend(self._device, activation_of(target.module)[0])
+            return
+        module = target.module
+        method.select_backend(self._device, activation_of(module)[0])
+        # At once: for ranks, transformers wraps the forward that it finds before it loads
+        module._moeq_method = method  # type: ignore[assignment]
+        module.__class__ = experts_class(type(module))
 
     def _finish_structure(self, target: Target) -> None:
-        """Drop the original parameters and give the module its quantized class."""
+        """Drop the original parameters; a linear gets its quantized class."""
         module, method = target.module, self._methods[target.shape.name]
         names = [target.up_name]
         if target.shape.kind == "moe":
@@ -272,8 +286,8 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         module._moeq_method = method  # type: ignore[assignment]
         # Its weights are there: transformers must not initialize what it does not know
         module._is_hf_initialized = True  # type: ignore[assignment]
-        base = QuantizedLinear if target.shape.kind == "linear" else experts_class(type(module))
-        module.__class__ = base
+        if target.shape.kind == "linear":
+            module.__class__ = QuantizedLinear
 
     def _choose_kernel(self, target: Target) -> None:
         module, method = target.module, self._methods[target.shape.name]

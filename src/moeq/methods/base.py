@@ -13,7 +13,10 @@ where experts have them, `w13_bias` and `w2_bias` (layout: `moeq.experts`). So a
 layer's bf16 weight exist as a whole, and nothing depends on the order of arrival.
 
 Under expert parallelism a layer is created with the global ids of its local experts: storage and
-scales are sized by those, tensors of other experts are skipped on arrival.
+scales are sized by those, tensors of other experts are skipped on arrival. Under tensor parallelism
+it is created with its local channels of the I between the projections: rows of gate and up, columns
+of down. A row of down then has its scale from all its columns, so that codes are a part of those
+that one process would have.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from moeq import ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.methods.matrices import Place, quantize_matrices
+from moeq.methods.matrices import Place, columns_of, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import LARGEST, QMAX, WEIGHT_DTYPES, check_finite
 from moeq.schemes import Granularity, OnlineQuantScheme
@@ -67,6 +70,7 @@ class OnlineMoEMethodBase:
         has_bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         local_experts: Sequence[int] | None = None,
+        local_channels: range | None = None,
     ) -> None:
         """Register the quantized parameters on the meta device.
 
@@ -79,10 +83,16 @@ class OnlineMoEMethodBase:
             has_bias: whether experts have biases.
             dtype: of the biases and of the activations.
             local_experts: global ids of the experts held here, in order; all where absent.
+            local_channels: those of the I held here, of experts without biases under a weight-only
+                scheme with a scale per row; all where absent.
 
         Raises:
             ModelError: local experts that repeat or do not exist.
         """
+        channels = range(intermediate_size) if local_channels is None else local_channels
+        self._channels = None if local_channels is None else channels
+        self._all_channels = intermediate_size
+        intermediate_size = len(channels)
         local = range(num_experts) if local_experts is None else local_experts
         if len(set(local)) != len(local) or not all(0 <= e < num_experts for e in local):
             raise ModelError(
@@ -91,6 +101,7 @@ class OnlineMoEMethodBase:
         self._local = {expert: slot for slot, expert in enumerate(local)}
         self._num_experts = num_experts
         self._is_gated = is_gated
+        assert local_channels is None or not (self.scheme.quantizes_activations or has_bias)
         self._hidden = hidden_size
         self._intermediate = intermediate_size
         self._dtype = dtype
@@ -163,7 +174,8 @@ class OnlineMoEMethodBase:
             layer: that `create_weights` and `materialize` have seen.
             expert: global id. One that is not local is skipped.
             projection: "gate", "up" or "down".
-            weight: [I, H] for gate and up, [H, I] for down; fp16, bf16 or fp32.
+            weight: [I, H] for gate and up, [H, I] for down; fp16, bf16 or fp32. Of gate and up
+                also the rows of local channels alone.
             name: of the tensor in the checkpoint, for messages.
 
         Raises:
@@ -198,6 +210,9 @@ class OnlineMoEMethodBase:
             if arrival not in self._waiting and not self._arrives(expert, projection, name):
                 continue
             shape, stride, begin, scale_stride, scale_begin = strides[projection]
+            if self._channels is not None and projection != "down":
+                weight = self._local_rows(weight)
+                name = f"{name}, from row {self._channels.start}"
             if weight.shape != shape:
                 raise CheckpointError(
                     f"{name}: shape {list(weight.shape)}, expected {list(shape)}"
@@ -368,19 +383,29 @@ class OnlineMoEMethodBase:
 
     def _ready(self, expert: int, projection: Projection, place: Place) -> list[Place]:
         """What can be quantized now that this has arrived."""
+        if self._channels is not None and projection == "down":
+            return [columns_of(place, self._channels)]
         return [place]
 
+    def _local_rows(self, weight: Span) -> Span:
+        """Of gate or up: nothing to do where only they were read."""
+        assert self._channels is not None
+        if weight.shape[0] != self._all_channels:
+            return weight
+        return weight.rows(self._channels.start, len(self._channels))
+
     def _strides(self, projection: Projection) -> tuple[tuple[int, int], int, int, int, int]:
-        """Of one projection: its shape [N, K]; from expert to expert, and from an expert's first to
-        this one's: elements of the layer's codes, and of its scales."""
+        """Of one projection: the shape [N, K] that arrives; from expert to expert, and from an
+        expert's first to this one's: elements of the layer's codes, and of its scales."""
         down = projection == "down"
         n, k = (self._hidden, self._intermediate) if down else (self._intermediate, self._hidden)
         scales = math.prod(scale_shape(self.scheme.granularity, (n, k)))
         parts = 2 if self._is_gated and not down else 1
         second = int(projection == "up" and self._is_gated)
+        shape = (n, self._all_channels) if down else (n, k)
         if self.scheme.granularity is Granularity.TENSOR:  # gate and up share theirs
-            return (n, k), parts * n * k, second * n * k, scales, 0
-        return (n, k), parts * n * k, second * n * k, parts * scales, second * scales
+            return shape, parts * n * k, second * n * k, scales, 0
+        return shape, parts * n * k, second * n * k, parts * scales, second * scales
 
     def _rows(self, projection: Projection) -> slice:
         """Rows of w13 that belong to a projection."""

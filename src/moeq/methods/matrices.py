@@ -30,6 +30,7 @@ class Place(NamedTuple):
         scale_at: element of `scales` where its own begin, `scale_shape(granularity, [N, K])`;
             they are written. Under `Granularity.TENSOR` matrices can share one.
         name: of the tensor in the checkpoint, for messages.
+        amax: fp32 [N], of whole rows, where the matrix is some columns of another.
     """
 
     weight: Span
@@ -38,6 +39,22 @@ class Place(NamedTuple):
     at: int
     scale_at: int
     name: str
+    amax: Tensor | None = None
+
+
+def columns_of(place: Place, columns: range) -> Place:
+    """Some columns of a matrix [N, K], to be quantized as in the whole one: other ranks hold the
+    rest of every row. Their amax is found by looking and not by asking, because who reads some
+    columns of a file reads nearly all of it.
+
+    Raises:
+        NonFiniteError: NaN or Inf in any column.
+    """
+    whole = place.weight.tensor().to(place.codes.device)
+    rows = amax(whole, Granularity.CHANNEL)
+    check_finite(whole, rows, place.name)
+    part = whole[:, columns.start : columns.stop]
+    return place._replace(weight=Span.of(part), amax=rows)
 
 
 def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None:
@@ -48,8 +65,10 @@ def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None
             they come out as scales that are not finite, which `check_finite` finds.
     """
     if places and _has_kernel(places[0].codes):
-        _on_gpu(places, granularity)
-        return
+        fused = [place for place in places if place.amax is None]
+        if fused:
+            _on_gpu(fused, granularity)
+        places = [place for place in places if place.amax is not None]
     shared: dict[tuple[int, int], Tensor] = {}
     for place in places if granularity is Granularity.TENSOR else ():
         weight = place.weight.tensor().to(place.codes.device)
@@ -57,10 +76,12 @@ def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None
         check_finite(weight, mine, place.name)
         key = place.scales.data_ptr(), place.scale_at
         shared[key] = torch.maximum(shared[key], mine) if key in shared else mine
-    for span, codes, scales, at, scale_at, name in places:
+    for span, codes, scales, at, scale_at, name, row_amax in places:
         weight = span.tensor().to(codes.device)
         if granularity is Granularity.TENSOR:
             group_amax = shared[scales.data_ptr(), scale_at]
+        elif row_amax is not None:
+            group_amax = row_amax
         else:
             group_amax = amax(weight, granularity)
             check_finite(weight, group_amax, name)
