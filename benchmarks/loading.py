@@ -83,7 +83,8 @@ def drop_cache(folder: Path) -> None:
 def read(folder: Path, device: torch.device) -> float:
     """Seconds of reading the tensors and doing nothing with them: by the threads of a load, into
     its buffers, which are page-locked before the clock starts if they are."""
-    from moeq.checkpoint.headers import checkpoint_files, read_headers
+    from moeq.checkpoint.folder import checkpoint_files
+    from moeq.checkpoint.headers import read_headers
     from moeq.checkpoint.ring import Ring, feed
     from moeq.checkpoint.stream import chunks_of, stream, whole
 

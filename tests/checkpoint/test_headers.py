@@ -11,13 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint.headers import (
-    DTYPES,
-    FileStamp,
-    TensorSpec,
-    checkpoint_files,
-    read_headers,
-)
+from moeq.checkpoint.folder import checkpoint_files
+from moeq.checkpoint.headers import DTYPES, FileStamp, TensorSpec, read_headers
 from moeq.errors import CheckpointError
 from tests.checkpoint.raw import Header, entry, write, write_index
 

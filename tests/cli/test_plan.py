@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 import moeq
 from moeq.checkpoint import hub
-from moeq.checkpoint.headers import checkpoint_files, read_headers
+from moeq.checkpoint.folder import checkpoint_files
+from moeq.checkpoint.headers import read_headers
 from moeq.cli import cli
 from moeq.embedded import model_folder
 from moeq.engines.load import empty_model

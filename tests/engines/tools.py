@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeq import OnlineQuantizationConfig
-from moeq.checkpoint.headers import checkpoint_files
+from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.writer import MANIFEST_NAME
 from tests.engines.models import BY_NAME, Architecture
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from moeq.checkpoint.headers import FileStamp, checkpoint_files
+from moeq.checkpoint.folder import checkpoint_files
+from moeq.checkpoint.headers import FileStamp
 from moeq.checkpoint.writer import check_sums
 from moeq.errors import CheckpointError
 

@@ -3,8 +3,7 @@
 A file is `u64 length | JSON header | data`; the header maps names to dtype, shape and a byte range
 of the data (format: https://github.com/huggingface/safetensors). Everything is checked here, before
 memory is taken: a header that lies about its file, names in two shards, an index that disagrees
-with the shards, files and links that lead out of the folder. safetensors' own errors do not name
-the file; ours do.
+with the shards. safetensors' own errors do not name the file; ours do.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,16 +19,14 @@ from typing import Any
 
 import torch
 
+from moeq.checkpoint.folder import (
+    DOWNLOAD,
+    INDEX_NAME,
+    QUANTIZED_INDEX,
+    regular,
+    weight_map_of,
+)
 from moeq.errors import CheckpointError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-VARIANT = "moeq"
-"""How transformers calls files of weights that it should not take by itself."""
-
-QUANTIZED_INDEX = f"model.safetensors.index.{VARIANT}.json"
-QUANTIZED_SINGLE = f"model.{VARIANT}.safetensors"
 
 _MAX_HEADER = 100 << 20
 """The format's own limit for the JSON header, in bytes."""
@@ -39,8 +35,6 @@ _LONGEST_NAME = 1000
 """Characters. Published ones have a tenth; numbers in longer ones take Python for ever to read."""
 
 _GET_AGAIN = "the file is damaged or was made wrong; get it again"
-_DOWNLOAD = "download the checkpoint again; it is incomplete, or mixed with another"
-
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -109,7 +103,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
             if spec.name in specs:
                 raise CheckpointError(
                     f"{file.name}: tensor {spec.name!r} is also in {specs[spec.name].file.name}",
-                    hint=_DOWNLOAD,
+                    hint=DOWNLOAD,
                 )
             specs[spec.name] = spec
     for name in (INDEX_NAME, QUANTIZED_INDEX):
@@ -119,82 +113,9 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:
     return specs
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in the order of their names.
-
-    Raises:
-        CheckpointError: no config, no weights, weights only as pickle, a missing shard, a shard
-            or a link outside the folder.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: no config.json", hint="a model folder holds config.json and *.safetensors"
-        )
-    _check_links(folder)
-    names = ((SINGLE_NAME, INDEX_NAME), (QUANTIZED_SINGLE, QUANTIZED_INDEX))
-    for single, index_name in names:
-        if (folder / single).exists():  # where both are, transformers takes this one
-            return [_regular(folder / single)]
-        index = folder / index_name
-        if index.exists():
-            return _listed(index)
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if found:
-        raise CheckpointError(
-            f"{folder}: shards ({found[0]}, ...) without {INDEX_NAME}", hint=_DOWNLOAD
-        )
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: weights only as pickle ({pickles[0]}), which can run code when opened",
-            hint="convert it to safetensors with a tool that you trust",
-        )
-    raise CheckpointError(f"{folder}: no weights", hint=f"expected {SINGLE_NAME} or {INDEX_NAME}")
-
-
-def _listed(index: Path) -> list[Path]:
-    """The shards of an index."""
-    folder = index.parent
-    shards = sorted(set(_weight_map(index).values()))
-    for shard in shards:
-        _check_shard_name(shard, index)
-        if not (folder / shard).exists():
-            raise CheckpointError(
-                f"{folder / shard}: missing, though {index.name} lists it",
-                hint="download the checkpoint again; the first one was interrupted",
-            )
-    return [_regular(folder / shard) for shard in shards]
-
-
-def _check_links(folder: Path) -> None:
-    """That no file is a link out of the folder: what it leads to could be anybody's. The hub's
-    cache links snapshots/<revision>/<file> to blobs/<hash> of the same model."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    for path in folder.iterdir():
-        if path.is_symlink() and not path.is_dir():
-            end = Path(os.path.realpath(path))  # `resolve` raises for a link to itself
-            if not (end.is_relative_to(root) or end.is_relative_to(blobs)):
-                raise CheckpointError(
-                    f"{path}: a link to {end}, outside of the folder",
-                    hint="copy the file itself into the folder",
-                )
-
-
-def _regular(file: Path) -> Path:
-    """The file, which a folder, pipe or device is not: those can block whoever opens them."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise CheckpointError(
-            f"{file}: not a regular file", hint="a folder, pipe or device is there; get the file"
-        )
-    return file
-
-
 def _file_specs(file: Path) -> Iterator[TensorSpec]:
     try:
-        with open(_regular(file), "rb") as handle:
+        with open(regular(file), "rb") as handle:
             stamp = FileStamp.of(os.fstat(handle.fileno()))
             size = stamp.size
             head = handle.read(8)
@@ -304,49 +225,24 @@ def spec_of(
     return spec, begin, stop
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        entries = json.loads(_regular(index).read_text(encoding="utf-8"))
-        weight_map = entries["weight_map"]
-        if not isinstance(entries["metadata"], dict):  # transformers reads and changes it
-            raise TypeError("metadata that is no object")
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("a shard whose name is not text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: not an index of shards ({error!r})", hint=_DOWNLOAD
-        ) from None
-    if not weight_map:
-        raise CheckpointError(f"{index}: lists no tensors", hint=_DOWNLOAD)
-    return dict(weight_map)
-
-
-def _check_shard_name(shard: str, index: Path) -> None:
-    if Path(shard).name != shard or not shard.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{index}: shard {shard!r} is not a file name of this folder",
-            hint="a checkpoint's shards lie beside its index, as *.safetensors",
-        )
-
-
 def _check_index(index: Path, specs: dict[str, TensorSpec]) -> None:
-    weight_map = _weight_map(index)
+    weight_map = weight_map_of(index)
     for name, shard in weight_map.items():
         if name not in specs:
             raise CheckpointError(
                 f"{index}: lists tensor {name!r}, which no shard holds (expected in {shard})",
-                hint=_DOWNLOAD,
+                hint=DOWNLOAD,
             )
         if specs[name].file.name != shard:
             raise CheckpointError(
                 f"{index}: says {name!r} is in {shard}, found in {specs[name].file.name}",
-                hint=_DOWNLOAD,
+                hint=DOWNLOAD,
             )
     extra = specs.keys() - weight_map.keys()
     if extra:
         name = min(extra)
         raise CheckpointError(
-            f"{specs[name].file}: tensor {name!r} is not in {index.name}", hint=_DOWNLOAD
+            f"{specs[name].file}: tensor {name!r} is not in {index.name}", hint=DOWNLOAD
         )
 
 

@@ -96,7 +96,8 @@ def make_plan(
     """Everything that `moeq plan` prints, as data."""
     import torch
 
-    from moeq.checkpoint.headers import checkpoint_files, read_headers
+    from moeq.checkpoint.folder import checkpoint_files
+    from moeq.checkpoint.headers import read_headers
     from moeq.checkpoint.hub import is_hub_id, remote_headers, resolve_model
     from moeq.checkpoint.probe import read_rate
     from moeq.engines.load import check_config, check_folder, empty_model

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.headers import (
+from moeq.checkpoint.folder import (
     INDEX_NAME,
     QUANTIZED_INDEX,
     QUANTIZED_SINGLE,

@@ -33,11 +33,11 @@ from moeq.checkpoint.stream import (
 )
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision
-from moeq.engines.hf_structure import Target, expert_matrices
+from moeq.engines.hf_structure import Target
 from moeq.memory import available_bytes
 from moeq.methods.base import OnlineMoEMethodBase, finite_scales
 from moeq.methods.linear import OnlineLinearMethod
-from moeq.plan import LayerPlan, LayerShape, LoadPlan, Part, Source
+from moeq.plan import LayerShape, Part, Source
 from moeq.quantize import check_finite
 from moeq.span import Span
 
@@ -283,69 +283,6 @@ def streams_kept(device: torch.device) -> bool:
     """Whether what is not quantized is streamed too. Where the model lives in main memory a mapping
     of the file takes no time and no memory."""
     return device.type == "cuda"
-
-
-def load_plan(
-    model: nn.Module, decision: Decision, specs: Mapping[str, TensorSpec], layers: LayerStream
-) -> LoadPlan:
-    """Bytes of a load that quantizes."""
-    state = model.state_dict()
-    mapped = {
-        name: spec
-        for name, spec in decision.routes.plain.items()
-        if layers.maps_rest and name not in layers.kept and spec.dtype == state[name].dtype
-    }
-    return _plan(
-        model,
-        decision.routes.plans,
-        specs,
-        decision.kept,
-        decision.routes.dropped,
-        window_bytes=layers.window_bytes,
-        host_bytes=layers.host_bytes,
-        mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
-    )
-
-
-def saved_plan(
-    model: nn.Module,
-    plans: tuple[LayerPlan, ...],
-    specs: Mapping[str, TensorSpec],
-    kept: dict[str, str],
-) -> LoadPlan:
-    """Bytes of a load of what moeq saved: transformers maps or copies it."""
-    return _plan(model, plans, specs, kept, (), window_bytes=0, host_bytes=0, mapped_bytes=0)
-
-
-def _plan(
-    model: nn.Module,
-    plans: tuple[LayerPlan, ...],
-    specs: Mapping[str, TensorSpec],
-    kept: dict[str, str],
-    dropped: tuple[str, ...],
-    *,
-    window_bytes: int,
-    host_bytes: int,
-    mapped_bytes: int,
-) -> LoadPlan:
-    unquantized = [
-        matrix
-        for name, module in model.named_modules()
-        if name in kept and not isinstance(module, nn.Linear)
-        for matrix in expert_matrices(module)
-    ]
-    skipped = sum(plan.skipped_bytes for plan in plans)
-    return LoadPlan(
-        plans,
-        checkpoint_bytes=sum(spec.nbytes for spec in specs.values()) - skipped,
-        unquantized_bytes=sum(p.numel() * p.element_size() for p in unquantized),
-        unquantized_weights=sum(p.numel() for p in unquantized),
-        kept=kept,
-        dropped=dropped,
-        window_bytes=window_bytes,
-        host_bytes=host_bytes,
-        mapped_bytes=mapped_bytes,
-    )
 
 
 def arrivals_of(source: Source, expert: int, span: Span) -> list[Arrival]:

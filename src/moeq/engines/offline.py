@@ -19,17 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from moeq.checkpoint.cache import identity
-from moeq.checkpoint.headers import (
-    TensorSpec,
-    checkpoint_files,
-    read_headers,
-)
+from moeq.checkpoint.folder import checkpoint_files
+from moeq.checkpoint.headers import TensorSpec, read_headers
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import Finished, map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.formats import FORMATS, Entry, Format, joined
+from moeq.engines.hf_plans import load_plan
 from moeq.engines.hf_routes import Decision, quantized_names
-from moeq.engines.hf_stream import LayerStream, create_method, load_plan
+from moeq.engines.hf_stream import LayerStream, create_method
 from moeq.engines.hf_structure import Target
 from moeq.engines.load import check_folder, empty_model
 from moeq.engines.planning import decision_for

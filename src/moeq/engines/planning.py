@@ -15,8 +15,9 @@ from torch import nn
 
 from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
+from moeq.engines.hf_plans import load_plan
 from moeq.engines.hf_routes import Decision, decide
-from moeq.engines.hf_stream import LayerStream, load_plan
+from moeq.engines.hf_stream import LayerStream
 from moeq.engines.hf_structure import find_targets
 from moeq.plan import LoadPlan
 

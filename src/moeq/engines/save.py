@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from moeq.checkpoint.headers import VARIANT
+from moeq.checkpoint.folder import VARIANT
 from moeq.checkpoint.writer import new_folder
 from moeq.engines.transformers import MoeqHfQuantizer, saving
 from moeq.errors import ModelError

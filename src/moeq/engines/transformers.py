@@ -35,9 +35,10 @@ from moeq.checkpoint.headers import TensorSpec, read_headers
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
+from moeq.engines.hf_plans import load_plan, saved_plan
 from moeq.engines.hf_ranks import Ranks, local_bytes, ranks_of
 from moeq.engines.hf_routes import Routes, decide, quantized_names, saved_plans
-from moeq.engines.hf_stream import LayerStream, create_method, load_plan, saved_plan
+from moeq.engines.hf_stream import LayerStream, create_method
 from moeq.engines.hf_structure import Target, activation_of, find_targets
 from moeq.errors import CheckpointError, ModelError
 from moeq.memory import PeakMemory, without_collections
