@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COMPILE_FROM_TOKENS = 1024
 """16 layers of Qwen3-30B's size took 34 s to compile and 3.6 ms a token after that, on an H100
@@ -35,8 +34,9 @@ Schemes:
 
 def scheme_options(
     quantization: str = "A scheme for every kind of layer that it covers.",
-) -> Callable[[Command], Command]:
-    """The options that `quantization_config` takes, for any command.
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that choose schemes, for any command, which gets them as one argument `config`:
+    an `OnlineQuantizationConfig`, or None where none was given.
 
     Args:
         quantization: what --quantization means there.
@@ -56,10 +56,17 @@ def scheme_options(
         ),
     )
 
-    def add(command: Command) -> Command:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        names = ("quantization", "moe", "linear", "ignore", "targets", "no_strict")
+
+        @functools.wraps(command)
+        def with_config(**arguments: Any) -> Any:
+            chosen = {name: arguments.pop(name) for name in names}
+            return command(config=_config_of(**chosen), **arguments)
+
         for option in reversed(options):
-            command = option(command)
-        return command
+            with_config = option(with_config)
+        return with_config
 
     return add
 
@@ -74,12 +81,7 @@ def scheme_options(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def generate(
     model: str,
-    quantization: str | None,
-    moe: str | None,
-    linear: str | None,
-    ignore: tuple[str, ...],
-    targets: tuple[str, ...],
-    no_strict: bool,
+    config: OnlineQuantizationConfig | None,
     prompt: str | None,
     max_new_tokens: int,
     device: str,
@@ -91,7 +93,6 @@ def generate(
     MODEL is a folder with config.json and safetensors, or an id on the Hugging Face hub. A
     checkpoint that moeq saved needs no scheme.
     """
-    config = quantization_config(quantization, moe, linear, ignore, targets, no_strict)
     if prompt is None:
         if sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError("no prompt: pass --prompt, or pipe text in")
@@ -107,7 +108,7 @@ def generate(
         click.echo(json.dumps(result, indent=2))
 
 
-def quantization_config(
+def _config_of(
     quantization: str | None,
     moe: str | None,
     linear: str | None,
@@ -115,7 +116,6 @@ def quantization_config(
     targets: tuple[str, ...],
     no_strict: bool,
 ) -> OnlineQuantizationConfig | None:
-    """The config that options of the command line describe; None where none was given."""
     from moeq.config import OnlineQuantizationConfig
     from moeq.errors import ConfigError
 
@@ -126,8 +126,9 @@ def quantization_config(
             raise ConfigError(f"target {target!r} has no =SCHEME", hint="expected PATTERN=SCHEME")
         pairs[pattern] = scheme
     if not (quantization or moe or linear or pairs):
-        if ignore:
-            raise ConfigError("--ignore without a scheme", hint="add --quantization NAME")
+        for name, given in (("--ignore", ignore), ("--no-strict", no_strict)):
+            if given:
+                raise ConfigError(f"{name} without a scheme", hint="add --quantization NAME")
         return None
     return OnlineQuantizationConfig(
         quantization, moe=moe, linear=linear, ignore=ignore, targets=pairs, strict=not no_strict

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeq.cli.generate import quantization_config, quiet_transformers, scheme_options
+from moeq.cli.generate import quiet_transformers, scheme_options
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
@@ -57,12 +57,7 @@ def parse_size(context: Any, option: Any, value: str | None) -> int | None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
-    quantization: str | None,
-    moe: str | None,
-    linear: str | None,
-    ignore: tuple[str, ...],
-    targets: tuple[str, ...],
-    no_strict: bool,
+    config: OnlineQuantizationConfig | None,
     context: int,
     memory: int | None,
     as_json: bool,
@@ -75,14 +70,10 @@ def plan(
     from moeq.config import OnlineQuantizationConfig
     from moeq.schemes import OnlineQuantScheme
 
-    asked = quantization_config(quantization, moe, linear, ignore, targets, no_strict)
-    configs = {"as asked": asked} if asked else {}
-    if asked and quantization and not (moe or linear or ignore or targets):
-        configs = {quantization: asked}
-    if not asked:
-        configs = {
-            s.value: OnlineQuantizationConfig(s, strict=not no_strict) for s in OnlineQuantScheme
-        }
+    configs = {scheme.value: OnlineQuantizationConfig(scheme) for scheme in OnlineQuantScheme}
+    if config is not None:
+        names = [name for name, shorthand in configs.items() if shorthand == config]
+        configs = {names[0] if names else "as asked": config}
     result = make_plan(model, configs, context, memory)
     if as_json:
         click.echo(json.dumps(result, indent=2))

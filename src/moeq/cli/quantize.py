@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from moeq.cli.generate import quantization_config, quiet_transformers, scheme_options
+from moeq.cli.generate import quiet_transformers, scheme_options
+
+if TYPE_CHECKING:
+    from moeq.config import OnlineQuantizationConfig
 
 _EPILOG = """\b
 Examples:
@@ -39,12 +42,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
     model: str,
-    quantization: str | None,
-    moe: str | None,
-    linear: str | None,
-    ignore: tuple[str, ...],
-    targets: tuple[str, ...],
-    no_strict: bool,
+    config: OnlineQuantizationConfig | None,
     out: Path,
     file_format: Literal["moeq", "compressed-tensors"],
     resume: bool,
@@ -59,7 +57,6 @@ def quantize(
     from moeq.errors import ConfigError
     from moeq.report import size
 
-    config = quantization_config(quantization, moe, linear, ignore, targets, no_strict)
     if config is None:
         raise ConfigError("no scheme is named", hint="add --quantization NAME")
     quiet_transformers()
