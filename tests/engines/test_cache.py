@@ -306,6 +306,15 @@ def test_an_entry_is_not_cleared_while_it_is_read(
     assert len(names()) == 1
 
 
+def test_what_a_killed_maker_left_goes_when_the_entry_is_made(source: Path, folder: Path) -> None:
+    moeq.load(source, INT8, cache=True)
+    (name,) = names()
+    (folder / name).rename(folder / f".{name}.1.partial")
+    moeq.load(source, INT8, cache=True)
+    assert names() == [name]
+    assert not list(folder.glob(".*.partial"))
+
+
 def test_clear_leaves_what_somebody_makes(source: Path, folder: Path) -> None:
     moeq.load(source, INT8, cache=True)
     (name,) = names()

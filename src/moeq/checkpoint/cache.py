@@ -124,7 +124,7 @@ def set_aside(entry: Path) -> Path:
 
 @contextlib.contextmanager
 def making(entry: Path) -> Iterator[None]:
-    """Alone with an entry: others that would make it wait.
+    """Alone with an entry: others that would make it wait. What a killed one left is removed.
 
     Raises:
         CheckpointError: the cache folder cannot be written.
@@ -140,6 +140,8 @@ def making(entry: Path) -> Iterator[None]:
             )
             lock.acquire()
     try:
+        with _explaining(entry.parent):
+            _remove_leftovers(entry.name)
         yield
     finally:
         lock.release()
@@ -155,8 +157,9 @@ def entries() -> list[Entry]:
     found = []
     with _explaining(folder):
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths = [path for path in paths if _ENTRY.fullmatch(path.name) and path.is_dir()]
     for path in paths:
-        if path.is_dir() and not path.is_symlink() and _ENTRY.fullmatch(path.name):
+        if not path.is_symlink():
             with _explaining(folder), contextlib.suppress(FileNotFoundError):  # gone meanwhile
                 nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 damaged = path.name.endswith(_ASIDE)
@@ -208,9 +211,15 @@ def _sweep() -> None:
             continue
         held = FileLock(lock, timeout=0)
         with contextlib.suppress(Timeout), _explaining(folder), held:
-            for rest in (*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}*.removed")):
-                _remove(rest)
+            _remove_leftovers(name)
             lock.unlink()
+
+
+def _remove_leftovers(name: str) -> None:
+    """Of an entry whose lock is held."""
+    folder = cache_folder()
+    for rest in (*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}*.removed")):
+        _remove(rest)
 
 
 def _lock_of(entry: Path) -> Path:
