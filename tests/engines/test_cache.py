@@ -22,7 +22,7 @@ from moeq.checkpoint.writer import MANIFEST_NAME
 from moeq.engines.hf_stream import LayerStream
 from moeq.errors import CheckpointError, ConfigError
 from tests.engines.test_refresh import saved
-from tests.engines.tools import FP8, INT8, QWEN, amend, assert_same_state, load
+from tests.engines.tools import FP8, INT8, QWEN, amend, assert_same_state, load, rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +226,13 @@ def test_a_failing_load_leaves_no_entry(source: Path) -> None:
     with pytest.raises(CheckpointError):
         moeq.load(source, INT8, cache=True)
     assert names() == []
+
+
+def test_what_was_dropped_for_one_stays_an_error_for_others(source: Path) -> None:
+    rewrite(source, lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    moeq.load(source, moeq.OnlineQuantizationConfig(INT8, strict=False), cache=True)
+    with pytest.raises(CheckpointError, match=r"model\.extra\.weight"):
+        moeq.load(source, INT8, cache=True)
 
 
 def test_a_backend_of_ones_own_is_refused(source: Path) -> None:

@@ -116,7 +116,11 @@ def load(
                 "ranks have a part of a model each, and a cache has whole ones",
                 hint="`moeq quantize` writes a folder that loads on ranks",
             )
-        recipe = {"quantization": config.to_dict(), "kwargs": {k: str(kwargs[k]) for k in kwargs}}
+        recipe = {
+            "quantization": config.to_dict(),
+            "strict": config.strict,  # an entry with tensors dropped is for who allowed that
+            "kwargs": {k: str(kwargs[k]) for k in kwargs},
+        }
         entry = cache_folder() / entry_name(folder, recipe)
         return _cached(entry, folder, config, device, progress, kwargs)
     return _load(folder, config, device, progress, kwargs)
