@@ -134,3 +134,25 @@ def test_no_memory_for_buffers_is_an_error(
     with pytest.raises(RuntimeError, match="no more pages to lock"):
         fed([matrix(spec, i, i) for i in range(100)], 10)
     assert not readers_left()
+
+
+def test_an_interrupt_while_readers_begin_ends_them(
+    stacked: tuple[TensorSpec, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _ = stacked
+    chunks = chunks_of([matrix(spec, i, i) for i in range(100)], 10)
+    real, started = threading.Thread.start, []
+
+    def start(self: threading.Thread) -> None:
+        if self.name == "moeq-read":
+            if len(started) == 2:
+                raise KeyboardInterrupt
+            started.append(self)
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        feed(Ring(1, 50, pin=False), chunks, lambda *_: pytest.fail("used"), readers=4)
+    for thread in started:
+        thread.join(30)
+    assert not readers_left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import moeq
+import moeq.engines.load as loading
 from moeq.checkpoint import cache
 from moeq.checkpoint.writer import MANIFEST_NAME
 from moeq.engines.hf_stream import LayerStream
 from moeq.errors import CheckpointError, ConfigError
 from tests.engines.test_refresh import saved
-from tests.engines.tools import FP8, INT8, QWEN, amend, assert_same_state, load
+from tests.engines.tools import FP8, INT8, QWEN, amend, assert_same_state, load, rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +82,54 @@ def test_whatever_decides_the_result_decides_the_entry(
     moeq.load(source, INT8, cache=True, dtype=torch.float32)
     amend(source, {"rms_norm_eps": 1e-3})
     moeq.load(source, INT8, cache=True)
+    (source / "generation_config.json").write_text('{"top_k": 7}')
+    assert moeq.load(source, INT8, cache=True).generation_config.top_k == 7
     saved(QWEN, source, 2)  # other weights under the same names
     found = moeq.load(source, INT8, cache=True)
-    assert len(quantized) == len(names()) == 6
+    assert len(quantized) == len(names()) == 7
     assert_same_state(found, load(source, QWEN, INT8))
+
+
+def test_other_weights_in_a_file_that_looks_the_same(source: Path, quantized: list[Any]) -> None:
+    moeq.load(source, INT8, cache=True)
+    file = source / "model.safetensors"
+    before, raw = file.stat(), bytearray(file.read_bytes())
+    raw[-2] ^= 1
+    with open(file, "r+b") as handle:
+        handle.write(raw)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    moeq.load(source, INT8, cache=True)
+    assert len(quantized) == 2
+
+
+def test_a_config_for_from_pretrained_does_not_hide_that_the_entry_is_quantized(
+    source: Path,
+) -> None:
+    for _ in range(2):
+        config = AutoConfig.from_pretrained(source, num_experts_per_tok=1)
+        model = moeq.load(source, INT8, cache=True, config=config)
+        assert model.config.num_experts_per_tok == 1
+        assert not hasattr(config, "quantization_config")
+        assert_same_state(model, load(source, QWEN, INT8))
+
+
+def test_the_tokenizer_is_that_of_the_source(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("old")
+    for _ in range(2):
+        model = moeq.load(source, INT8, cache=True)
+        assert model.name_or_path == model.config.name_or_path == str(source)
+    (source / "tokenizer.json").write_text("new")
+    cache.clear([])
+    moeq.save(model, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "new"
+
+
+def test_what_cannot_be_saved_is_not_cached(source: Path) -> None:
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="not cached: the model was not quantized by moeq"):
+            model, told = moeq.load(source, INT8, cache=True, output_loading_info=True)
+        assert not told["missing_keys"]
+        assert_same_state(model, load(source, QWEN, INT8))
 
 
 def damage_codes(entry: Path) -> None:
@@ -105,12 +152,16 @@ def other_config(entry: Path) -> None:
     amend(entry, {"rms_norm_eps": 0.5})
 
 
+def deep_manifest(entry: Path) -> None:
+    (entry / MANIFEST_NAME).write_text("[" * 100_000)
+
+
 def a_file_more(entry: Path) -> None:
     (entry / "model.safetensors").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_codes, cut_off, without_manifest, other_config, a_file_more]
+    "damage", [damage_codes, cut_off, without_manifest, deep_manifest, other_config, a_file_more]
 )
 def test_a_damaged_entry_is_set_aside_and_made_again(
     damage: Any, source: Path, folder: Path, quantized: list[Any]
@@ -138,6 +189,28 @@ def test_a_cache_that_cannot_be_written_costs_only_itself(
     assert_same_state(model, load(source, QWEN, INT8))
 
 
+def test_a_damaged_entry_that_stays_costs_only_itself(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moeq.load(source, INT8, cache=True)
+    (name,) = names()
+    cut_off(cache.cache_folder() / name)
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.warns(UserWarning, match="not cached: .*Permission denied"):
+        model = moeq.load(source, INT8, cache=True)
+    assert_same_state(model, load(source, QWEN, INT8))
+
+
+def test_a_home_that_nobody_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEQ_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(CheckpointError, match="no folder for a cache"):
+        cache.entries()
+
+
 def test_a_full_disk_costs_only_the_entry(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise CheckpointError("no space left")
@@ -153,6 +226,13 @@ def test_a_failing_load_leaves_no_entry(source: Path) -> None:
     with pytest.raises(CheckpointError):
         moeq.load(source, INT8, cache=True)
     assert names() == []
+
+
+def test_what_was_dropped_for_one_stays_an_error_for_others(source: Path) -> None:
+    rewrite(source, lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    moeq.load(source, moeq.OnlineQuantizationConfig(INT8, strict=False), cache=True)
+    with pytest.raises(CheckpointError, match=r"model\.extra\.weight"):
+        moeq.load(source, INT8, cache=True)
 
 
 def test_a_backend_of_ones_own_is_refused(source: Path) -> None:
@@ -193,6 +273,53 @@ def test_clear_removes_what_is_named_or_all(source: Path, folder: Path) -> None:
     (folder / f".{first}.123.partial").mkdir()
     assert [entry.name for entry in cache.clear([])] == [second]
     assert list(folder.iterdir()) == []
+
+
+def test_clear_leaves_what_is_not_the_caches(source: Path, folder: Path) -> None:
+    moeq.load(source, INT8, cache=True)
+    for other in ("photos", "photos.2024", ".photos.1.partial"):
+        (folder / other).mkdir()
+        (folder / other / "file").write_text("mine")
+    (folder / ".photos.lock").write_text("")
+    (name,) = names()
+    with pytest.raises(CheckpointError, match="no such entry"):
+        cache.clear(["photos"])
+    assert [entry.name for entry in cache.clear([])] == [name]
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"photos", "photos.2024", ".photos.1.partial", ".photos.lock"}
+
+
+def test_clear_goes_on_from_one_that_was_killed(source: Path, folder: Path) -> None:
+    moeq.load(source, INT8, cache=True)
+    (name,) = names()
+    (folder / f".{name}.removed" / "rest").mkdir(parents=True)
+    assert [entry.name for entry in cache.clear([name])] == [name]
+    assert names() == []
+    assert not list(folder.glob("*.removed"))
+
+
+def test_an_entry_is_not_cleared_while_it_is_read(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moeq.load(source, INT8, cache=True)
+    real = loading._load
+
+    def while_cleared(*args: Any) -> Any:
+        assert cache.clear([]) == []
+        return real(*args)
+
+    monkeypatch.setattr(loading, "_load", while_cleared)
+    moeq.load(source, INT8, cache=True)
+    assert len(names()) == 1
+
+
+def test_what_a_killed_maker_left_goes_when_the_entry_is_made(source: Path, folder: Path) -> None:
+    moeq.load(source, INT8, cache=True)
+    (name,) = names()
+    (folder / name).rename(folder / f".{name}.1.partial")
+    moeq.load(source, INT8, cache=True)
+    assert names() == [name]
+    assert not list(folder.glob(".*.partial"))
 
 
 def test_clear_leaves_what_somebody_makes(source: Path, folder: Path) -> None:

@@ -163,11 +163,12 @@ def test_weight_only_codes_are_packed_with_their_shape(qwen: Path, tmp_path: Pat
             {"moe": "int8_per_channel", "linear": "fp8_per_channel"},
             "cannot be float-quantized and int-quantized",
         ),
+        (QWEN, {"quantization": INT8, "ignore": ["*"]}, "nothing is left to quantize"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
     architecture: Architecture,
-    config: dict[str, str],
+    config: dict[str, Any],
     message: str,
     save: Callable[[Architecture], Path],
     tmp_path: Path,

@@ -172,6 +172,25 @@ def test_files_that_are_no_longer_whole_are_done_again(tmp_path: Path) -> None:
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("scheme", [INT8, FP8])
+def test_what_was_half_done_at_the_end_is_done_again(scheme: str, tmp_path: Path) -> None:
+    """Killed while the last small files were written, or before the folder got its name."""
+    quantize_in_parts(tmp_path / "whole", scheme)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_in_parts(out, scheme, resume=True, progress=Interrupted(7 * 10**6))
+    (kept,) = tmp_path.glob(".out.*.partial")
+    (kept / "tokenizer.json").write_text('{"half')
+    (kept / "added_tokens.json").write_text("{}")  # the source had one then
+    (kept / "moeq.json").write_text("{}")
+    quantize_in_parts(out, scheme, resume=True)
+    found, expected = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (out, tmp_path / "whole")
+    )
+    assert found == expected
+
+
 def test_another_recipe_starts_anew(tmp_path: Path, shards_done: list[Any]) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

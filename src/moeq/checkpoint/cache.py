@@ -1,9 +1,9 @@
 """Quantized models that were made before: `moeq.load(..., cache=True)`.
 
 An entry is a folder as `moeq.save` writes it. Its name ends in a hash of everything that decides
-its bytes: the identity of the source files, config.json, the recipe, the versions of moeq and
+its bytes: the identity of the source files, their configs, the recipe, the versions of moeq and
 transformers. Every byte is held against the entry's own SHA-256 sums before it is used; an entry
-that differs is set aside and made anew. Who makes an entry holds its lock, and others wait.
+that differs is set aside and made anew. Who makes or reads one holds its lock, and others wait.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from moeq.errors import CheckpointError
 
 _ASIDE = ".damaged"
 
+_ENTRY = re.compile(rf"[A-Za-z0-9._-]*\.[0-9a-f]{{16}}({re.escape(_ASIDE)})?")
+"""What `entry_name` makes and `set_aside`: MOEQ_CACHE can be a folder that holds more."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -48,11 +51,20 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """MOEQ_CACHE, or moeq in the user's cache folder."""
-    if found := os.environ.get("MOEQ_CACHE"):
-        return Path(found).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moeq"
+    """MOEQ_CACHE, or moeq in the user's cache folder.
+
+    Raises:
+        CheckpointError: nobody knows where the home folder is that one of them lies in.
+    """
+    try:
+        if found := os.environ.get("MOEQ_CACHE"):
+            return Path(found).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "moeq"
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"no folder for a cache: {error}", hint="MOEQ_CACHE names another folder"
+        ) from None
 
 
 def identity(source: Path, recipe: Mapping[str, object]) -> str:
@@ -65,10 +77,16 @@ def identity(source: Path, recipe: Mapping[str, object]) -> str:
     stamps = []
     for file in checkpoint_files(source):
         stamp = FileStamp.of(file.stat())
-        stamps.append([file.name, stamp.size, stamp.mtime_ns, stamp.inode])
+        # Archives can give all their files one mtime, and weights of one model all have one size
+        changed = file.stat().st_ctime_ns
+        stamps.append([file.name, stamp.size, stamp.mtime_ns, stamp.inode, changed])
+    configs = (source / name for name in ("config.json", "generation_config.json"))
     decides = {
         "files": stamps,
-        "config": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
+        "configs": [
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+            for path in configs
+        ],
         "recipe": recipe,
         "versions": {name: version(name) for name in ("moeq", "transformers")},
     }
@@ -99,45 +117,54 @@ def intact(entry: Path) -> bool:
 def set_aside(entry: Path) -> Path:
     """Keep an entry from being used again; the last that was set aside stays to be looked at."""
     aside = entry.with_name(entry.name + _ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
-    entry.rename(aside)
+    with _explaining(entry.parent):
+        _remove(aside)
+        entry.rename(aside)
     return aside
 
 
 @contextlib.contextmanager
 def making(entry: Path) -> Iterator[None]:
-    """Alone with an entry: others that would make it wait.
+    """Alone with an entry: others that would make it wait. What a killed one left is removed.
 
     Raises:
         CheckpointError: the cache folder cannot be written.
     """
-    try:
+    with _explaining(entry.parent):
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(_lock_of(entry))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            warnings.warn(f"waiting for another process, which makes {entry.name}", stacklevel=4)
+            warnings.warn(
+                f"waiting for another process, which makes or reads {entry.name}", stacklevel=4
+            )
             lock.acquire()
-    except OSError as error:
-        raise CheckpointError(
-            f"{entry.parent}: {error.strerror}", hint="MOEQ_CACHE names another folder"
-        ) from error
     try:
+        with _explaining(entry.parent):
+            _remove_leftovers(entry.name)
         yield
     finally:
         lock.release()
 
 
 def entries() -> list[Entry]:
-    """What is in the cache, by name."""
+    """What is in the cache, by name.
+
+    Raises:
+        CheckpointError: the cache folder cannot be read.
+    """
     folder = cache_folder()
     found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_dir() and not path.name.startswith("."):
-            nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            damaged = path.name.endswith(_ASIDE)
-            found.append(Entry(path.name, nbytes, path.stat().st_mtime, damaged))
+    with _explaining(folder):
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths = [path for path in paths if _ENTRY.fullmatch(path.name) and path.is_dir()]
+    for path in paths:
+        if not path.is_symlink():
+            with _explaining(folder), contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                damaged = path.name.endswith(_ASIDE)
+                found.append(Entry(path.name, nbytes, path.stat().st_mtime, damaged))
     return found
 
 
@@ -148,7 +175,7 @@ def clear(names: list[str]) -> list[Entry]:
         What was removed. Entries that somebody is making stay.
 
     Raises:
-        CheckpointError: no entry has such a name.
+        CheckpointError: no entry has such a name, or the cache folder cannot be written.
     """
     every = entries()
     for name in names:
@@ -162,11 +189,14 @@ def clear(names: list[str]) -> list[Entry]:
             continue
         path = cache_folder() / entry.name
         lock = FileLock(_lock_of(path.with_name(entry.name.removesuffix(_ASIDE))), timeout=0)
-        with contextlib.suppress(Timeout), lock:
+        with contextlib.suppress(Timeout), _explaining(cache_folder()), lock:
+            if not path.is_dir():  # another clear was faster
+                continue
             # Renamed first: nobody is to open half of it
             gone = path.with_name(f".{entry.name}.removed")
+            _remove(gone)  # of a clear that was killed
             path.rename(gone)
-            shutil.rmtree(gone)
+            _remove(gone)
             removed.append(entry)
     if not names:
         _sweep()
@@ -177,13 +207,42 @@ def _sweep() -> None:
     """Remove what was never finished, and locks that nobody holds."""
     folder = cache_folder()
     for lock in folder.glob(".*.lock") if folder.is_dir() else ():
+        name = lock.name.removeprefix(".").removesuffix(".lock")
+        if not _ENTRY.fullmatch(name):
+            continue
         held = FileLock(lock, timeout=0)
-        with contextlib.suppress(Timeout), held:
-            name = lock.name.removeprefix(".").removesuffix(".lock")
-            for rest in (*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}*.removed")):
-                shutil.rmtree(rest)
+        with contextlib.suppress(Timeout), _explaining(folder), held:
+            _remove_leftovers(name)
             lock.unlink()
+
+
+def _remove_leftovers(name: str) -> None:
+    """Of an entry whose lock is held."""
+    folder = cache_folder()
+    for rest in (*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}*.removed")):
+        _remove(rest)
 
 
 def _lock_of(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.lock")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """Errors of the system in the cache folder."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        place = error.filename or folder
+        raise CheckpointError(
+            f"{place}: {error.strerror or error}", hint="MOEQ_CACHE names another folder"
+        ) from error

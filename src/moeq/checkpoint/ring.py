@@ -138,6 +138,7 @@ def feed(
                 raise
             crew.join()
     finally:
+        ring.free.put(None)  # Ctrl-C while the crew began: readers that began wait
         for event, _ in pending:
             event.synchronize()
 

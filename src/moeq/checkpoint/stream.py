@@ -216,8 +216,12 @@ class Crew:
 
     def __enter__(self) -> Crew:
         self._operator_threads = torch.get_num_threads()
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no thread to be had, or Ctrl-C: nobody else ends those there are
+            self._stop.set()
+            raise
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -124,7 +124,8 @@ class Finished:
     """Which files of a folder are whole, kept in the folder.
 
     Args:
-        folder: that `new_folder` gave.
+        folder: that `new_folder` gave. What is not whole in it is removed: it can be half a file,
+            or belong to what the source was before.
     """
 
     _NAME = ".finished.json"
@@ -132,9 +133,12 @@ class Finished:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._sizes: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
             found = json.loads((folder / self._NAME).read_text(encoding="utf-8"))
             self._sizes = {str(name): int(size) for name, size in found.items()}
+        for path in folder.iterdir():
+            if path.name != self._NAME and path.name not in self:
+                path.unlink()
 
     def __contains__(self, name: str) -> bool:
         path = self._folder / name
@@ -264,7 +268,7 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     try:
         files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
         return {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest of moeq ({error!r})") from None
 
 

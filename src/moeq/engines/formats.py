@@ -198,6 +198,11 @@ class CompressedTensors:
             else:
                 patterns = sorted({_any_expert(name) for name in names})
             groups.setdefault(target.scheme, []).extend(patterns)
+        if not groups:
+            raise ConfigError(
+                "nothing is left to quantize, which compressed-tensors has no word for",
+                hint="ignore fewer layers",
+            )
         formats = {_format(scheme) for scheme in groups}
         if len(formats) > 1:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import threading
 import warnings
@@ -115,7 +116,11 @@ def load(
                 "ranks have a part of a model each, and a cache has whole ones",
                 hint="`moeq quantize` writes a folder that loads on ranks",
             )
-        recipe = {"quantization": config.to_dict(), "kwargs": {k: str(kwargs[k]) for k in kwargs}}
+        recipe = {
+            "quantization": config.to_dict(),
+            "strict": config.strict,  # an entry with tensors dropped is for who allowed that
+            "kwargs": {k: str(kwargs[k]) for k in kwargs},
+        }
         entry = cache_folder() / entry_name(folder, recipe)
         return _cached(entry, folder, config, device, progress, kwargs)
     return _load(folder, config, device, progress, kwargs)
@@ -133,17 +138,21 @@ def _cached(
     with contextlib.ExitStack() as alone:
         try:
             alone.enter_context(making(entry))
+            is_made = intact(entry)
         except CheckpointError as error:
             warnings.warn(f"not cached: {error.message}", stacklevel=3)
             return _load(folder, config, device, progress, kwargs)
-        if not intact(entry):
+        if not is_made:
             loaded = _load(folder, config, device, progress, kwargs)
             try:
                 save(loaded, entry, max_shard_size="1GB")  # files are checked side by side
-            except (CheckpointError, OSError) as error:
+            except (MoeqError, OSError) as error:
                 warnings.warn(f"not cached: {error}", stacklevel=3)
             return loaded
-    return _load(entry, None, device, progress, kwargs)
+        loaded = _load(entry, None, device, progress, kwargs)  # while nobody can clear it
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = str(folder)  # where its tokenizer is
+    return loaded
 
 
 def _load(
@@ -159,7 +168,10 @@ def _load(
     # Two loads at once give wrong models: transformers changes global state while it builds one
     with _LOCK, reporting_to(progress), without_collections():
         if config is None:
-            kwargs = {"variant": VARIANT} | kwargs
+            kwargs = kwargs | {"variant": VARIANT}
+            if kwargs.get("config") is not None:  # of the unquantized model, it would hide this
+                kwargs["config"] = copy.deepcopy(kwargs["config"])
+                kwargs["config"].quantization_config = entries["quantization_config"]
         if not _is_distributed(kwargs):
             kwargs["device_map"] = device
         try:

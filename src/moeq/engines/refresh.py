@@ -67,9 +67,9 @@ def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
             and take their own.
 
     Raises:
-        RefreshError: a tensor is missing, twice, unknown, misshapen or not finite. What arrived
-            before it is in place, the rest is as it was: the model runs, on a mixture that the
-            message describes. A whole refresh mends it.
+        RefreshError: a tensor is missing, twice, unknown or misshapen, or not finite and to be
+            quantized. What arrived before it is in place, the rest is as it was: the model runs,
+            on a mixture that the message describes. A whole refresh mends it.
         ModelError: moeq did not load this model, or cannot refresh its kind.
     """
     return _Refresh(_table_of(model), model).run(tensors)
@@ -188,6 +188,8 @@ class _Refresh:
         if name in self._seen:
             raise RefreshError(f"{name!r} came twice")
         slot = self._table.slot(name, tensor)
+        if slot.source is None and not self._fed.isdisjoint(slot.fed):
+            raise RefreshError(f"{name!r}: {slot.name} came before, under another name")
         if slot.source is None:
             self._copy(slot.name, name, tensor)
         elif slot.expert is not None:
@@ -205,6 +207,8 @@ class _Refresh:
             raise RefreshError(
                 f"{name!r} has shape {list(tensor.shape)}, expected {list(kept.shape)}"
             )
+        if kept.is_floating_point() != tensor.is_floating_point():
+            raise RefreshError(f"{name!r} has dtype {tensor.dtype}, expected {kept.dtype}")
         if hasattr(kept, "device_mesh"):  # split over ranks, each of which takes its part
             kept.to_local().copy_(_part_of(tensor.to(kept.device), kept))
         else:
