@@ -190,5 +190,5 @@ def select_backend(request: KernelRequest, prefer: str | None = None) -> Choice:
         f"no kernel runs {request.scheme.value} ({request.kind}, {request.dtype},"
         f" on {request.device.type}): "
         + "; ".join(f"{name}: {reason}" for name, reason in rejected),
-        hint="`moeq backends` prints what runs where",
+        hint=f"`moeq backends --device {request.device.type}` says what runs there",
     )

@@ -80,7 +80,7 @@ def test_advice_is_the_smallest_change() -> None:
     most = max(weights.values(), key=lambda entry: entry["gpu_peak_bytes"])
 
     def advice(memory: int, context: int) -> str:
-        options = ("--memory", str(memory), "--context", str(context), "--json")
+        options = ("--memory", f"{memory}B", "--context", str(context), "--json")
         return str(run(TINY, *options)["advice"][0]["advice"])
 
     assert advice(10**9, 1) == "everything fits"
@@ -95,7 +95,7 @@ def test_advice_is_the_smallest_change() -> None:
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("24GB", 24 * 10**9), ("24GiB", 24 << 30), ("1.5 kb", 1500), ("7", 7), ("2TiB", 2 << 40)],
+    [("24GB", 24 * 10**9), ("24GiB", 24 << 30), ("1.5 kb", 1500), ("7B", 7), ("2TiB", 2 << 40)],
 )
 def test_sizes(text: str, nbytes: int) -> None:
     assert run(TINY, "-q", "fp8_per_block", "--memory", text, "--json")["places"][0]["bytes"] == (
@@ -103,7 +103,7 @@ def test_sizes(text: str, nbytes: int) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "24 gigs", "-1GB", "1e9", "GB"])
+@pytest.mark.parametrize("text", ["", "24", "24 gigs", "-1GB", "1e9", "GB"])
 def test_what_is_no_size(text: str) -> None:
     result = CliRunner().invoke(cli, ["plan", TINY, "--memory", text])
     assert result.exit_code == 2

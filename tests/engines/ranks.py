@@ -330,15 +330,11 @@ def a_rank_cannot_save(folder: Path) -> None:
 @check
 def what_the_readme_says(folder: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(from transformers\.distributed.*?)```", readme, re.DOTALL)
-    names = {
-        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
-        "path": folder / "qwen3_moe",
-        "config": OnlineQuantizationConfig(WEIGHT_ONLY),
-    }
-    for lines in (code, re.sub(r"(?m)^.*ep_size.*\n", "", code)):
+    (code,) = re.findall(r"```python\n(# torchrun.*?)```", readme, re.DOTALL)
+    code = code.replace("fp8_per_channel", WEIGHT_ONLY)
+    for lines, way in ((code, BY_EXPERT), (code.replace(", ep_size=2", ""), BY_CHANNEL)):
+        names: dict[str, Any] = {"path": folder / "qwen3_moe"}
         exec(lines, names)
-        way = BY_EXPERT if lines is code else BY_CHANNEL
         assert_share(names["model"], load_alone(folder / "qwen3_moe"), way)
 
 

@@ -60,6 +60,8 @@ def test_the_second_load_quantizes_nothing_and_is_the_same(
     first = moeq.load(source, INT8, cache=True)
     second = moeq.load(source, INT8, cache=True)
     assert len(quantized) == 1
+    assert any("kept in the cache" in note for note in moeq.report_of(first).notes)
+    assert any("from the cache" in note for note in moeq.report_of(second).notes)
     assert_same_state(second, first)
     assert_same_state(second, load(source, QWEN, INT8))
     (name,) = names()
@@ -169,7 +171,8 @@ def test_a_damaged_entry_is_set_aside_and_made_again(
     moeq.load(source, INT8, cache=True)
     (name,) = names()
     damage(folder / name)
-    found = moeq.load(source, INT8, cache=True)
+    with pytest.warns(UserWarning, match=rf"kept as {name}\.damaged, and made again"):
+        found = moeq.load(source, INT8, cache=True)
     assert len(quantized) == 2
     assert_same_state(found, load(source, QWEN, INT8))
     assert [(e.name, e.is_damaged) for e in cache.entries()] == [

@@ -73,7 +73,7 @@ def test_every_scheme_again_and_again(scheme: OnlineQuantScheme, tmp_path: Path)
     model = load(folders[0], QWEN, scheme.value)
     before = addresses(model)
     for folder in (folders[1], folders[2], folders[1]):
-        moeq.refresh(model, tensors_of(folder))
+        moeq.refresh(model, dict(tensors_of(folder)))
         assert addresses(model) == before
         assert_same_state(model, load(folder, QWEN, scheme.value))
 

@@ -108,8 +108,9 @@ def intact(entry: Path) -> bool:
         return False
     try:
         check_sums(entry)
-    except CheckpointError:
-        set_aside(entry)
+    except CheckpointError as error:
+        aside = set_aside(entry)
+        warnings.warn(f"{error.message}; kept as {aside.name}, and made again", stacklevel=4)
         return False
     return True
 

@@ -20,7 +20,7 @@ Examples:
   moeq plan ./model --memory 24GiB --json
 """
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"B": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGT", 1)
     for suffix, base in (("B", 1000), ("iB", 1024))

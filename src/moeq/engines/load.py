@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,7 @@ def _cached(
     kwargs: dict[str, Any],
 ) -> Any:
     """From the cache; or from the source, and into the cache."""
+    started = time.perf_counter()
     with contextlib.ExitStack() as alone:
         try:
             alone.enter_context(making(entry))
@@ -148,11 +151,23 @@ def _cached(
                 save(loaded, entry, max_shard_size="1GB")  # files are checked side by side
             except (MoeqError, OSError) as error:
                 warnings.warn(f"not cached: {error}", stacklevel=3)
+            else:
+                _note(loaded, f"kept in the cache, {entry}", started)
             return loaded
         loaded = _load(entry, None, device, progress, kwargs)  # while nobody can clear it
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = str(folder)  # where its tokenizer is
+    _note(model, f"from the cache, {entry}", started)
     return loaded
+
+
+def _note(model: nn.Module, note: str, started: float) -> None:
+    """Into a load's report, with the time since it began."""
+    quantizer = _quantizer_of(model)
+    report = report_of(model)
+    seconds = time.perf_counter() - started
+    notes = (*report.notes, note)
+    quantizer.report = dataclasses.replace(report, notes=notes, seconds=seconds)
 
 
 def _load(
@@ -235,7 +250,8 @@ def check_config(folder: Path) -> dict[str, Any]:
         if found is not None and method != QUANT_METHOD:
             raise CheckpointError(
                 f"{path}: the checkpoint is already quantized ({method})",
-                hint="moeq starts from the unquantized checkpoint",
+                hint="moeq starts from the unquantized checkpoint"
+                + ("; this format is for vLLM" if method == "compressed-tensors" else ""),
             )
     try:
         dtype = AutoConfig.from_pretrained(folder).dtype

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class RefreshReport:
     seconds: float
 
 
-def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
+def refresh(
+    model: Any, tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+) -> RefreshReport:
     """Give a quantized model new weights, in place.
 
     Args:
@@ -72,7 +74,8 @@ def refresh(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> RefreshReport:
             on a mixture that the message describes. A whole refresh mends it.
         ModelError: moeq did not load this model, or cannot refresh its kind.
     """
-    return _Refresh(_table_of(model), model).run(tensors)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    return _Refresh(_table_of(model), model).run(pairs)
 
 
 @dataclass(frozen=True)
