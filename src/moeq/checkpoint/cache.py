@@ -38,7 +38,7 @@ class Entry:
     """One quantized model.
 
     Attributes:
-        name: model, scheme and hash.
+        name: model and hash.
         nbytes: on the disk.
         modified: when it was made, in seconds since 1970.
         is_damaged: whether it was set aside, and only waits to be cleared.
@@ -76,10 +76,10 @@ def identity(source: Path, recipe: Mapping[str, object]) -> str:
     """
     stamps = []
     for file in checkpoint_files(source):
-        stamp = FileStamp.of(file.stat())
+        found = file.stat()
+        stamp = FileStamp.of(found)
         # Archives can give all their files one mtime, and weights of one model all have one size
-        changed = file.stat().st_ctime_ns
-        stamps.append([file.name, stamp.size, stamp.mtime_ns, stamp.inode, changed])
+        stamps.append([file.name, stamp.size, stamp.mtime_ns, stamp.inode, found.st_ctime_ns])
     configs = (source / name for name in ("config.json", "generation_config.json"))
     decides = {
         "files": stamps,

@@ -108,9 +108,7 @@ def feed(
             if part is None:
                 return
             filling, begin, end = part
-            chunk = filling.chunk
-            window = memoryview(filling.buffer.numpy().data)[begin:end]
-            files.read(chunk.file, chunk.stamp, chunk.offset + begin, window, chunk.name_at)
+            filling.chunk.read(files, filling.buffer, begin, end)
             with counting:
                 filling.missing -= 1
                 is_full = filling.missing == 0
@@ -127,15 +125,13 @@ def feed(
                         event.synchronize()
                         ring.free.put(buffer)
                     filling = full.get()
-                    if filling is None:  # a reader failed; others may wait for a buffer
-                        ring.free.put(None)
+                    if filling is None:  # a reader failed
                         break
                     pending.append((use(filling.chunk, filling.buffer), filling.buffer))
                     if on_bytes is not None:
                         on_bytes(filling.chunk.wanted_bytes)
-            except BaseException:
-                ring.free.put(None)
-                raise
+            finally:
+                ring.free.put(None)  # where this ends early, readers wait for a buffer
             crew.join()
     finally:
         ring.free.put(None)  # Ctrl-C while the crew began: readers that began wait

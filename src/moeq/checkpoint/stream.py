@@ -102,6 +102,11 @@ class Chunk:
                 return piece.spec.name
         return self.pieces[-1].spec.name
 
+    def read(self, files: Files, buffer: Tensor, begin: int, end: int) -> None:
+        """Bytes begin..end of the chunk into the same place of `buffer` uint8 [>= nbytes]."""
+        window = memoryview(buffer.numpy().data)[begin:end]
+        files.read(self.file, self.stamp, self.offset + begin, window, self.name_at)
+
     def spans(self, buffer: Tensor) -> Iterator[tuple[Piece, Span]]:
         """Every piece in `buffer` uint8 [>= nbytes], which holds the chunk."""
         typed: dict[torch.dtype, Tensor] = {}
@@ -177,8 +182,7 @@ def stream(
             if buffer.numel() < chunk.nbytes:
                 buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
                 buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
-            window = memoryview(buffer.numpy().data)[: chunk.nbytes]
-            files.read(chunk.file, chunk.stamp, chunk.offset, window, chunk.name_at)
+            chunk.read(files, buffer, 0, chunk.nbytes)
             if stop.is_set():
                 return
             use(chunk, buffer)
@@ -268,8 +272,7 @@ def read_piece(piece: Piece) -> Tensor:
     buffer = torch.empty(piece.nbytes, dtype=torch.uint8)
     files = Files(threading.Event())
     try:
-        window = memoryview(buffer.numpy().data)
-        files.read(chunk.file, chunk.stamp, chunk.offset, window, chunk.name_at)
+        chunk.read(files, buffer, 0, chunk.nbytes)
     finally:
         files.close()
     ((_, span),) = chunk.spans(buffer)

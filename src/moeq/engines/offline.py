@@ -151,7 +151,6 @@ class _Shard:
             for target in targets
             for own in quantized_names(target.module)
         }
-
         self._parts: dict[tuple[Target, str], list[str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.layout: dict[str, Entry] = {}
@@ -160,7 +159,8 @@ class _Shard:
             entries = form.tensors(plan, own, meta)
             self._parts[target, own] = list(entries)
             self.layout |= entries
-            self._shapes |= form.shapes(plan)
+        for target in targets:
+            self._shapes |= form.shapes(plans[target.shape.name])
         self.layout |= dict.fromkeys(self._shapes, (torch.int64, (2,)))
         self.layout |= {spec.name: (spec.dtype, spec.shape) for spec in kept.values()}
         layers = {target.shape.name for target in targets}

@@ -191,9 +191,9 @@ class _Refresh:
         if name in self._seen:
             raise RefreshError(f"{name!r} came twice")
         slot = self._table.slot(name, tensor)
-        if slot.source is None and not self._fed.isdisjoint(slot.fed):
-            raise RefreshError(f"{name!r}: {slot.name} came before, under another name")
         if slot.source is None:
+            if not self._fed.isdisjoint(slot.fed):
+                raise RefreshError(f"{name!r}: {slot.name} came before, under another name")
             self._copy(slot.name, name, tensor)
         elif slot.expert is not None:
             arrival = slot.expert, slot.source.part, Span.of(tensor), name
