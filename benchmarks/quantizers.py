@@ -49,8 +49,9 @@ def main() -> None:
             codes = torch.empty(shape, dtype=dtype, device="cuda")
             count = math.prod(scale_shape(granularity, shape[1:]))
             scales = torch.empty(shape[0], count, device="cuda")
-            places = [(i * math.prod(shape[1:]), i * count) for i in range(shape[0])]
-            given = ([Span.of(w) for w in weights], codes, scales, places, granularity)
+            at = [i * math.prod(shape[1:]) for i in range(shape[0])]
+            scales_at = [i * count for i in range(shape[0])]
+            given = ([Span.of(w) for w in weights], codes, scales, at, scales_at, granularity)
             us = microseconds(lambda a=given: quantize_weights(*a))
             rate = weights.numel() * (weights.itemsize + 1) / us / 1e6
             again = "  (amax first)" if granularity is Granularity.TENSOR else ""

@@ -415,7 +415,7 @@ def test_kernels_that_find_the_scale_themselves_never_see_columns(
     """Theirs would be the scale of the columns. Here they are a stand-in: a GPU has them."""
     seen: list[matrices.Place] = []
     monkeypatch.setattr(matrices, "_has_kernel", lambda codes: True)
-    monkeypatch.setattr(matrices, "_on_gpu", lambda places, granularity: seen.extend(places))
+    monkeypatch.setattr(matrices, "_on_gpu", lambda _, places, grain: seen.extend(places))
     model = checkpoint()
     method, layer = created(model, ONE, local_channels=range(75))
     arrive(method, layer, model)

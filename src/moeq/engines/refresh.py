@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from moeq.methods.linear import OnlineLinearMethod
 from moeq.plan import Source, check_source
 from moeq.span import Span
 
-_BATCH = 512 << 20
+_BATCH = 1 << 30
 """Bytes that are collected before they are quantized: launches take longer than what they do."""
 
 _HERE = Path("refresh")
@@ -83,16 +83,22 @@ class _Slot:
     """Where one tensor goes: a quantized layer, or a parameter that is kept.
 
     Attributes:
+        shape, dtype: of the tensor.
+        nbytes: of it.
         fed: parameters of the original model that it is part of.
         name: of the layer, or of the parameter.
         source: what it is to the layer; None for what is kept.
-        expert: whose projection it is, just as the layer has it; None where it is more, or less.
+        projection: which one of which expert it is, just as the layer has it; None where it is
+            more, or less.
     """
 
+    shape: torch.Size
+    dtype: torch.dtype
+    nbytes: int
     fed: tuple[str, ...]
     name: str
     source: Source | None
-    expert: int | None = None
+    projection: tuple[int, Any] | None = None
 
 
 class _Table:
@@ -118,19 +124,20 @@ class _Table:
         }
         self.layers = {target.shape.name: target for target in targets}
         self._router = Router(self.original, get_model_conversion_mapping(self.original))
-        self._slots: dict[tuple[str, torch.Size, torch.dtype], _Slot] = {}
+        self._slots: dict[str, _Slot] = {}
 
     def slot(self, name: str, tensor: Tensor) -> _Slot:
-        key = (name, tensor.shape, tensor.dtype)
-        if key not in self._slots:
-            self._slots[key] = self._find(name, tensor)
-        return self._slots[key]
+        slot = self._slots.get(name)
+        if slot is None or slot.shape != tensor.shape or slot.dtype != tensor.dtype:
+            slot = self._slots[name] = self._find(name, tensor)
+        return slot
 
     def _find(self, name: str, tensor: Tensor) -> _Slot:
         shape = tuple(tensor.shape)
         spec = TensorSpec(name, tensor.dtype, shape, _HERE, 0, tensor.nbytes, FileStamp(0, 0, 0))
         route, converter = self._router.route(spec)
         fed = tuple(fed_by(route, converter))
+        like = tensor.shape, tensor.dtype, tensor.nbytes, fed
         for parameter in fed:
             if parameter in self._targets:
                 target, what = self._targets[parameter]
@@ -138,8 +145,10 @@ class _Table:
                 check_source(target.shape, source)
                 is_projection = not (source.is_bias or source.transposed)
                 is_projection = is_projection and source.part != "gate_up"
-                expert = source.expert if is_projection else None
-                return _Slot(fed, target.shape.name, source, expert)
+                projection = None
+                if is_projection and source.expert is not None:
+                    projection = source.expert, source.part
+                return _Slot(*like, target.shape.name, source, projection)
         if not self._router.knows(route.parameter):
             raise RefreshError(f"{name!r} is no tensor of this model's checkpoint")
         if converter is not None:
@@ -147,7 +156,7 @@ class _Table:
                 f"{name!r}: transformers builds {route.parameter} of several tensors, which moeq"
                 " cannot refresh"
             )
-        return _Slot(fed, route.parameter, None)
+        return _Slot(*like, route.parameter, None)
 
 
 class _Refresh:
@@ -191,18 +200,18 @@ class _Refresh:
         if name in self._seen:
             raise RefreshError(f"{name!r} came twice")
         slot = self._table.slot(name, tensor)
-        if slot.source is None:
+        if slot.projection is not None:
+            arrival = *slot.projection, Span(tensor.contiguous(), 0, slot.shape), name
+            self._collect(slot, (arrival,), tensor)
+        elif slot.source is not None:
+            self._take(slot, slot.source, tensor)
+        else:
             if not self._fed.isdisjoint(slot.fed):
                 raise RefreshError(f"{name!r}: {slot.name} came before, under another name")
             self._copy(slot.name, name, tensor)
-        elif slot.expert is not None:
-            arrival = slot.expert, slot.source.part, Span.of(tensor), name
-            self._collect(slot.name, [arrival], tensor)
-        else:
-            self._take(slot.name, slot.source, tensor)
-        self._fed.update(slot.fed)
+            self._fed.update(slot.fed)
         self._seen.add(name)
-        self._bytes += tensor.nbytes
+        self._bytes += slot.nbytes
 
     def _copy(self, parameter: str, name: str, tensor: Tensor) -> None:
         kept = self._state[parameter]
@@ -217,8 +226,8 @@ class _Refresh:
         else:
             kept.copy_(tensor)
 
-    def _take(self, layer: str, source: Source, tensor: Tensor) -> None:
-        method, module = self._methods[layer], self._modules[layer]
+    def _take(self, slot: _Slot, source: Source, tensor: Tensor) -> None:
+        method, module = self._methods[slot.name], self._modules[slot.name]
         if isinstance(method, OnlineLinearMethod):
             method.load(module, tensor, source.spec.name, method_device(module))
             return
@@ -233,16 +242,16 @@ class _Refresh:
             assert expert is not None
             arrivals += arrivals_of(source, expert, piece)
         if not source.is_bias:
-            self._collect(layer, arrivals, tensor)
+            self._collect(slot, arrivals, tensor)
             return
         for index, part, bias, name in arrivals:
             method.load_bias(module, index, part, bias.tensor(), name)
 
-    def _collect(self, layer: str, arrivals: list[Arrival], tensor: Tensor) -> None:
+    def _collect(self, slot: _Slot, arrivals: Sequence[Arrival], tensor: Tensor) -> None:
         """Arrivals that are parts of one tensor."""
-        self._batch.setdefault(layer, []).extend(arrivals)
+        self._batch.setdefault(slot.name, []).extend(arrivals)
         self._held.append((arrivals[0][3], tensor, _version(tensor)))
-        self._batched += tensor.nbytes
+        self._batched += slot.nbytes
         if self._batched >= _BATCH:
             self._flush()
 

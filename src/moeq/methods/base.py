@@ -32,7 +32,7 @@ from moeq import ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.methods.matrices import Place, columns_of, quantize_matrices
+from moeq.methods.matrices import Place, Storage, columns_of, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import LARGEST, QMAX, WEIGHT_DTYPES, check_finite
 from moeq.schemes import Granularity, OnlineQuantScheme
@@ -201,31 +201,37 @@ class OnlineMoEMethodBase:
         arrivals: Iterable[tuple[int, Projection, Span, str]],
         taken: list[tuple[int, str]],
     ) -> None:
-        ready: list[Place] = []
+        waiting, local, channels = self._waiting, self._local, self._channels
         strides = {projection: self._strides(projection) for projection in self.projections}
-        w13 = parameter(layer, "w13_codes").data, parameter(layer, "w13_scale").data
-        w2 = parameter(layer, "w2_codes").data, parameter(layer, "w2_scale").data
+        storages = [
+            Storage(parameter(layer, f"{w}_codes").data, parameter(layer, f"{w}_scale").data)
+            for w in ("w13", "w2")
+        ]
+        device = storages[0].codes.device
+        ready: tuple[list[Place], list[Place]] = [], []
         for expert, projection, weight, name in arrivals:
             arrival = (expert, projection)
-            if arrival not in self._waiting and not self._arrives(expert, projection, name):
+            if arrival not in waiting and not self._arrives(expert, projection, name):
                 continue
             shape, stride, begin, scale_stride, scale_begin = strides[projection]
-            if self._channels is not None and projection != "down":
+            if channels is not None and projection != "down":
                 weight = self._local_rows(weight)
-                name = f"{name}, from row {self._channels.start}"
+                name = f"{name}, from row {channels.start}"
             if weight.shape != shape:
                 raise CheckpointError(
                     f"{name}: shape {list(weight.shape)}, expected {list(shape)}"
                     f" for the {projection} projection of expert {expert}"
                 )
-            check_weight_dtype(weight.base, name)
-            slot = self._local[expert]
+            if weight.base.dtype not in WEIGHT_DTYPES:
+                check_weight_dtype(weight.base, name)
+            slot = local[expert]
             at, scale_at = slot * stride + begin, slot * scale_stride + scale_begin
-            storage = w2 if projection == "down" else w13
-            ready += self._ready(expert, projection, Place(weight, *storage, at, scale_at, name))
-            self._waiting.discard(arrival)  # at once: it could come a second time
+            place = Place(weight, at, scale_at, name)
+            ready[projection == "down"].extend(self._ready(expert, projection, place, device))
+            waiting.discard(arrival)  # at once: it could come a second time
             taken.append(arrival)
-        quantize_matrices(ready, self.scheme.granularity)
+        for storage, places in zip(storages, ready):
+            quantize_matrices(storage, places, self.scheme.granularity)
 
     def load_bias(
         self, layer: nn.Module, expert: int, projection: Projection, bias: Tensor, name: str
@@ -381,11 +387,13 @@ class OnlineMoEMethodBase:
         weighted = y.float() * topk_weights.float()[..., None]
         return torch.where(local[..., None], weighted, 0).sum(1).to(x.dtype)
 
-    def _ready(self, expert: int, projection: Projection, place: Place) -> list[Place]:
-        """What can be quantized now that this has arrived."""
+    def _ready(
+        self, expert: int, projection: Projection, place: Place, device: torch.device
+    ) -> tuple[Place, ...]:
+        """What can be quantized now that this, which goes to `device`, has arrived."""
         if self._channels is not None and projection == "down":
-            return [columns_of(place, self._channels)]
-        return [place]
+            return (columns_of(place, self._channels, device),)
+        return (place,)
 
     def _local_rows(self, weight: Span) -> Span:
         """Of gate or up: nothing to do where only they were read."""

@@ -40,22 +40,24 @@ class Fp8PerTensorOnlineMoEMethod(OnlineMoEMethodBase):
         self._first: dict[int, tuple[Place, Any]] = {}
         self._pairing = threading.Lock()
 
-    def _ready(self, expert: int, projection: Projection, place: Place) -> list[Place]:
+    def _ready(
+        self, expert: int, projection: Projection, place: Place, device: torch.device
+    ) -> tuple[Place, ...]:
         if projection == "down" or not self._is_gated:
-            return [place]
+            return (place,)
         # On a GPU the other may be another stream's work, and its memory another stream's too
-        on_gpu = place.codes.is_cuda
+        on_gpu = device.type == "cuda"
         with self._pairing:
             if expert not in self._first:
-                copy = place.weight.tensor().to(place.codes.device).clone()
+                copy = place.weight.tensor().to(device).clone()
                 done = torch.cuda.current_stream().record_event() if on_gpu else None
                 self._first[expert] = (place._replace(weight=Span.of(copy)), done)
-                return []
+                return ()
             other, done = self._first.pop(expert)
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
             other.weight.base.record_stream(torch.cuda.current_stream())
-        return [other, place]
+        return other, place
 
     def expect_nothing(self) -> None:
         super().expect_nothing()

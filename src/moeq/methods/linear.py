@@ -10,7 +10,7 @@ from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
 from moeq.methods.base import align, check_scale, check_weight_dtype, parameter, register_meta
-from moeq.methods.matrices import Place, quantize_matrices
+from moeq.methods.matrices import Place, Storage, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
@@ -56,8 +56,8 @@ class OnlineLinearMethod:
                 empty = torch.empty_like(parameter(layer, own), device=device)
                 setattr(layer, own, nn.Parameter(empty, requires_grad=False))
         codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
-        place = Place(Span.of(weight), codes.data, scale.data, 0, 0, name)
-        quantize_matrices([place], self.scheme.granularity)
+        place = Place(Span.of(weight), 0, 0, name)
+        quantize_matrices(Storage(codes.data, scale.data), [place], self.scheme.granularity)
         self._loaded = True
 
     def expect_all(self) -> None:

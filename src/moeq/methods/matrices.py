@@ -19,30 +19,38 @@ from moeq.schemes import Granularity
 from moeq.span import Span
 
 
+class Storage(NamedTuple):
+    """Of the matrices of one shape that a layer has.
+
+    Attributes:
+        codes: contiguous; its dtype and device decide.
+        scales: fp32, contiguous.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
 class Place(NamedTuple):
-    """A matrix and where it goes.
+    """A matrix and where in its storage it goes.
 
     Attributes:
         weight: [N, K], fp16, bf16 or fp32, on any device.
-        codes: of all matrices of a layer, contiguous; its dtype and device decide.
-        scales: of all of them, fp32, contiguous.
-        at: element of `codes` where this one's [N, K] begin; they are written.
-        scale_at: element of `scales` where its own begin, `scale_shape(granularity, [N, K])`;
+        at: element of the codes where this one's [N, K] begin; they are written.
+        scale_at: element of the scales where its own begin, `scale_shape(granularity, [N, K])`;
             they are written. Under `Granularity.TENSOR` matrices can share one.
         name: of the tensor in the checkpoint, for messages.
         amax: fp32 [N], of whole rows, where the matrix is some columns of another.
     """
 
     weight: Span
-    codes: Tensor
-    scales: Tensor
     at: int
     scale_at: int
     name: str
     amax: Tensor | None = None
 
 
-def columns_of(place: Place, columns: range) -> Place:
+def columns_of(place: Place, columns: range, device: torch.device) -> Place:
     """Some columns of a matrix [N, K], to be quantized as in the whole one: other ranks hold the
     rest of every row. Their amax is found by looking and not by asking, because who reads some
     columns of a file reads nearly all of it.
@@ -50,36 +58,36 @@ def columns_of(place: Place, columns: range) -> Place:
     Raises:
         NonFiniteError: NaN or Inf in any column.
     """
-    whole = place.weight.tensor().to(place.codes.device)
+    whole = place.weight.tensor().to(device)
     rows = amax(whole, Granularity.CHANNEL)
     check_finite(whole, rows, place.name)
     part = whole[:, columns.start : columns.stop]
     return place._replace(weight=Span.of(part), amax=rows)
 
 
-def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None:
-    """Scale and codes of every matrix.
+def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
+    """Scale and codes of every matrix, all of one shape.
 
     Raises:
         NonFiniteError: NaN or Inf among the values. On a GPU nothing waits for the answer: there
             they come out as scales that are not finite, which `check_finite` finds.
     """
-    if places and _has_kernel(places[0].codes):
+    codes, scales = storage
+    if places and _has_kernel(codes):
         fused = [place for place in places if place.amax is None]
         if fused:
-            _on_gpu(fused, granularity)
+            _on_gpu(storage, fused, granularity)
         places = [place for place in places if place.amax is not None]
-    shared: dict[tuple[int, int], Tensor] = {}
+    shared: dict[int, Tensor] = {}
     for place in places if granularity is Granularity.TENSOR else ():
-        weight = place.weight.tensor().to(place.codes.device)
-        mine = amax(weight, granularity)
+        weight = place.weight.tensor().to(codes.device)
+        mine, key = amax(weight, granularity), place.scale_at
         check_finite(weight, mine, place.name)
-        key = place.scales.data_ptr(), place.scale_at
         shared[key] = torch.maximum(shared[key], mine) if key in shared else mine
-    for span, codes, scales, at, scale_at, name, row_amax in places:
+    for span, at, scale_at, name, row_amax in places:
         weight = span.tensor().to(codes.device)
         if granularity is Granularity.TENSOR:
-            group_amax = shared[scales.data_ptr(), scale_at]
+            group_amax = shared[scale_at]
         elif row_amax is not None:
             group_amax = row_amax
         else:
@@ -92,20 +100,21 @@ def quantize_matrices(places: Sequence[Place], granularity: Granularity) -> None
         quantize(weight, scale, codes.dtype, granularity, out=out)
 
 
-def _on_gpu(places: Sequence[Place], granularity: Granularity) -> None:
+def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    device = places[0].codes.device
-    alike: dict[tuple[int, tuple[int, ...], torch.dtype], list[Place]] = {}
+    codes, scales = storage
+    device = codes.get_device()
+    alike: dict[torch.dtype, list[Place]] = {}
     for place in places:
-        base, _, shape = place.weight
-        if base.device != device:
-            moved = place.weight.tensor().to(device, non_blocking=True)
+        base = place.weight.base
+        if base.get_device() != device:
+            moved = place.weight.tensor().to(codes.device, non_blocking=True)
             place = place._replace(weight=Span.of(moved))
-        alike.setdefault((place.codes.data_ptr(), shape, base.dtype), []).append(place)
+        alike.setdefault(base.dtype, []).append(place)
     for group in alike.values():
-        weights, at = [p.weight for p in group], [(p.at, p.scale_at) for p in group]
-        quantize_weights(weights, group[0].codes, group[0].scales, at, granularity)
+        weights, at, scale_at, *_ = zip(*group)
+        quantize_weights(weights, codes, scales, at, scale_at, granularity)
 
 
 def _has_kernel(codes: Tensor) -> bool:

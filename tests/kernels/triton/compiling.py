@@ -122,7 +122,7 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
                 scales = torch.empty(scale_shape(scheme.granularity, (256, wide)))
                 matrix = torch.zeros(256, wide, dtype=torch.bfloat16)
                 weights.quantize_weights(
-                    [Span.of(matrix)], codes, scales, [(0, 0)], scheme.granularity
+                    [Span.of(matrix)], codes, scales, [0], [0], scheme.granularity
                 )
     print(json.dumps(found))
 

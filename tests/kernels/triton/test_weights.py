@@ -31,7 +31,7 @@ EVERY_CODE = pytest.mark.parametrize("dtype", CODES, ids=str)
 def quantize_weight(weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    quantize_weights([Span.of(weight)], codes, scale, [(0, 0)], granularity)
+    quantize_weights([Span.of(weight)], codes, scale, [0], [0], granularity)
 
 
 def check(weight: Tensor, granularity: Granularity, dtype: torch.dtype) -> None:
@@ -82,14 +82,14 @@ def test_many_matrices_in_one_launch(
     scales = torch.full((many, *grid), -1.0).to(DEVICE)
     shared = granularity is Granularity.TENSOR
     own = [0 if shared and i == 1 else i for i in range(many)]
-    places = [((n + 1) * k * i, scales[0].numel() * own[i]) for i in range(many)]
     # In no order: those that share a scale need not come one after the other
     order = [2, 0, 3, 1]
     quantize_weights(
         [Span.of(weights[i].to(DEVICE)) for i in order],
         storage.view(dtype),
         scales,
-        [places[i] for i in order],
+        [(n + 1) * k * i for i in order],
+        [scales[0].numel() * own[i] for i in order],
         granularity,
     )
     for i in range(many):

@@ -43,7 +43,8 @@ def quantize_weights(
     weights: Sequence[Span],
     codes: Tensor,
     scales: Tensor,
-    places: Sequence[tuple[int, int]],
+    codes_at: Sequence[int],
+    scales_at: Sequence[int],
     granularity: Granularity,
 ) -> None:
     """Quantize matrices into final storage.
@@ -52,57 +53,53 @@ def quantize_weights(
         weights: [N, K] each, of one shape and dtype (fp16, bf16 or fp32), on one GPU.
         codes: int8 or fp8, contiguous; written.
         scales: fp32, contiguous; written.
-        places: of every matrix, the elements of `codes` and of `scales` where its own begin: N * K,
-            and `scale_shape(granularity, (N, K))`. Under `Granularity.TENSOR` matrices with the
-            same scale share its amax.
+        codes_at: of every matrix, the element of `codes` where its own N * K begin.
+        scales_at: likewise of `scales`, `scale_shape(granularity, (N, K))`. Under
+            `Granularity.TENSOR` matrices with the same scale share its amax.
         granularity: what shares a scale.
     """
     n, k = weights[0].shape
     size, count = n * k, math.prod(scale_shape(granularity, (n, k)))
     assert codes.is_contiguous() and scales.is_contiguous()
     if size == 0:
-        for _, at in places:
+        for at in scales_at:
             scales.view(-1)[at : at + count] = 1.0
         return
+    assert 0 <= min(codes_at) and max(codes_at) <= codes.numel() - size
+    assert 0 <= min(scales_at) and max(scales_at) <= scales.numel() - count
     first, shape = weights[0].base, weights[0].shape
     dtype, start, itemsize = first.dtype, first.data_ptr(), first.itemsize
-    last, scale_last = codes.numel() - size, scales.numel() - count
-    rows = []
-    bits = k
-    for weight, (at, scale_at) in zip(weights, places):
-        base = weight.base
-        assert weight.shape == shape and base.dtype == dtype and base.is_contiguous()
-        assert 0 <= at <= last and 0 <= scale_at <= scale_last, (at, scale_at)
-        distance = (base.data_ptr() - start) // itemsize + weight.at
-        bits |= distance | at
-        rows.append([distance, at, scale_at, 0])
-    aligned = bits % 16 == 0  # what lets the compiler move 16 bytes at a time
-    many = len(rows)
     words: dict[int, int] = {}
-    if granularity is Granularity.TENSOR:
-        for row in rows:
-            row[3] = words.setdefault(row[2], len(words))
-    table = torch.tensor(rows, pin_memory=codes.is_cuda).to(codes.device, non_blocking=True)
+    table: list[int] = []  # flat: a list for every matrix would take as long as the rest
+    bits = k
+    for (base, own, its_shape), at, scale_at in zip(weights, codes_at, scales_at):
+        assert its_shape == shape and base.dtype is dtype and base.is_contiguous()
+        distance = (base.data_ptr() - start) // itemsize + own
+        bits |= distance | at
+        table += (distance, at, scale_at, words.setdefault(scale_at, len(words)))
+    aligned = bits % 16 == 0  # what lets the compiler move 16 bytes at a time
+    many = len(weights)
+    rows = torch.tensor(table, pin_memory=codes.is_cuda).to(codes.device, non_blocking=True)
     with torch.cuda.device_of(codes):  # Triton launches on the current device
         match granularity:
             case Granularity.CHANNEL:
                 wide = min(triton.next_power_of_2(k), _ROW)
                 height = max(1, _ROWS // wide)
                 _rows[(triton.cdiv(n, height), many)](
-                    table, first, codes, scales, n, k,
+                    rows, first, codes, scales, n, k,
                     HEIGHT=height, WIDE=wide, ONCE=wide >= k, ALIGNED=aligned,
                     num_warps=8 if wide > _ROWS else 4,
                 )  # fmt: skip
             case Granularity.BLOCK:
                 grid = (triton.cdiv(k, 128), triton.cdiv(n, 128), many)
-                _blocks[grid](table, first, codes, scales, n, k, ALIGNED=aligned, num_warps=8)
+                _blocks[grid](rows, first, codes, scales, n, k, ALIGNED=aligned, num_warps=8)
             case Granularity.TENSOR:
                 highest = torch.zeros(len(words), dtype=torch.int32, device=codes.device)
                 tiles = triton.cdiv(size, _TILE)
                 each = (tiles, many)
-                _amax[each](table, first, highest, size, TILE=_TILE, ALIGNED=aligned, num_warps=8)
+                _amax[each](rows, first, highest, size, TILE=_TILE, ALIGNED=aligned, num_warps=8)
                 _encode[each](
-                    table, first, codes, scales, highest, size,
+                    rows, first, codes, scales, highest, size,
                     TILE=_TILE, ALIGNED=aligned, num_warps=8,
                 )  # fmt: skip
 
