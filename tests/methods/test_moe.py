@@ -366,6 +366,52 @@ def test_local_channels_are_a_part_of_the_whole(is_gated: bool, rows_alone: bool
         assert torch.equal(layer.w2_scale, whole.w2_scale)
 
 
+@EVERY_SCHEME
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_local_channels_have_the_scales_of_whole_matrices(
+    scheme: OnlineQuantScheme, is_gated: bool
+) -> None:
+    """To the bit, under every scheme, in an order of arrival that keeps pairs waiting."""
+    model = checkpoint(is_gated=is_gated, hidden=140, intermediate=300)
+    for expert in range(model.num_experts):
+        model.weights[expert, "down"][7, 3] = 9.0
+        model.weights[expert, "up"][299, 5] = 7.0
+    whole = loaded(model, scheme)[1]
+    blocks = scheme.granularity is Granularity.BLOCK
+    for channels in (range(128), range(128, 256), range(256, 300)):
+        held = slice(channels.start, channels.stop)
+        method, layer = created(model, scheme, local_channels=channels)
+        arrive(method, layer, model, list(reversed(model.arrivals())))
+        method.process_weights_after_loading(layer, activation="silu")
+        parts = 2 if is_gated else 1
+        split = whole.w13_codes.view(torch.int8).unflatten(1, (parts, 300))[:, :, held]
+        assert torch.equal(layer.w13_codes.view(torch.int8), split.flatten(1, 2))
+        codes = whole.w2_codes.view(torch.int8)[:, :, held]
+        assert torch.equal(layer.w2_codes.view(torch.int8), codes)
+        if blocks:
+            held = slice(channels.start // 128, -(-channels.stop // 128))
+            grid = whole.w13_scale.unflatten(1, (parts, 3))[:, :, held].flatten(1, 2)
+            assert torch.equal(layer.w13_scale, grid)
+            assert torch.equal(layer.w2_scale, whole.w2_scale[:, :, held])
+            continue
+        assert torch.equal(layer.w2_scale, whole.w2_scale)
+        expected = whole.w13_scale
+        if scheme.granularity is Granularity.CHANNEL:
+            expected = expected.unflatten(1, (parts, 300))[:, :, held].flatten(1, 2)
+        assert torch.equal(layer.w13_scale, expected)
+
+
+@pytest.mark.parametrize("channels", [range(75), range(128, 200)])
+def test_blocks_are_not_divided(channels: range) -> None:
+    with pytest.raises(ModelError, match=r"divide a block of 128 x 128"):
+        created(checkpoint(intermediate=300), BLOCKS, local_channels=channels)
+
+
+def test_channels_of_experts_with_biases_are_refused() -> None:
+    with pytest.raises(ModelError, match="biases"):
+        created(checkpoint(has_bias=True), ONE, local_channels=range(75))
+
+
 def test_outputs_of_all_channels_add_up() -> None:
     """To 1e-5 of the largest: fp32 sums over 150 channels, made of two."""
     model = checkpoint(dtype=torch.float32)

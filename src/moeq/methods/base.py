@@ -32,10 +32,10 @@ from moeq import ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.methods.matrices import Place, Storage, columns_of, quantize_matrices
+from moeq.methods.matrices import Place, Storage, part_of, quantize_matrices
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import LARGEST, QMAX, WEIGHT_DTYPES, check_finite
-from moeq.schemes import Granularity, OnlineQuantScheme
+from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 from moeq.span import Span
 
 _ALIGNMENT = 64
@@ -83,11 +83,12 @@ class OnlineMoEMethodBase:
             has_bias: whether experts have biases.
             dtype: of the biases and of the activations.
             local_experts: global ids of the experts held here, in order; all where absent.
-            local_channels: those of the I held here, of experts without biases under a weight-only
-                scheme with a scale per row; all where absent.
+            local_channels: those of the I held here, all where absent. Scales are those of whole
+                matrices; activations between the projections are quantized by what is here.
 
         Raises:
-            ModelError: local experts that repeat or do not exist.
+            ModelError: local experts that repeat or do not exist; channels that divide a block, or
+                of experts with biases.
         """
         channels = range(intermediate_size) if local_channels is None else local_channels
         self._channels = None if local_channels is None else channels
@@ -101,7 +102,7 @@ class OnlineMoEMethodBase:
         self._local = {expert: slot for slot, expert in enumerate(local)}
         self._num_experts = num_experts
         self._is_gated = is_gated
-        assert local_channels is None or not (self.scheme.quantizes_activations or has_bias)
+        self._check_channels(channels, has_bias)
         self._hidden = hidden_size
         self._intermediate = intermediate_size
         self._dtype = dtype
@@ -118,6 +119,24 @@ class OnlineMoEMethodBase:
             register_meta(layer, f"{name}_scale", grid, torch.float32)
             if has_bias:
                 register_meta(layer, f"{name}_bias", shape[:2], dtype)
+
+    def _check_channels(self, channels: range, has_bias: bool) -> None:
+        if len(channels) == self._all_channels:
+            return
+        if has_bias:
+            raise ModelError(
+                "ranks cannot share channels of experts with biases: each would add them",
+                hint="share the experts (expert parallelism)",
+            )
+        ends = (channels.start, channels.stop)
+        divides = any(end % BLOCK and end != self._all_channels for end in ends)
+        if self.scheme.granularity is Granularity.BLOCK and divides:
+            raise ModelError(
+                f"channels {channels.start} to {channels.stop} of {self._all_channels} divide a"
+                f" block of {BLOCK} x {BLOCK} weights, which share a scale",
+                hint="share the experts (expert parallelism), use fewer ranks, or a scheme with a"
+                " scale per channel",
+            )
 
     def expect_all(self) -> None:
         """Everything is to arrive, for the first time or anew; storage stays where it is."""
@@ -214,10 +233,10 @@ class OnlineMoEMethodBase:
             if arrival not in waiting and not self._arrives(expert, projection, name):
                 continue
             shape, stride, begin, scale_stride, scale_begin = strides[projection]
-            if channels is not None and projection != "down":
-                weight = self._local_rows(weight)
-                name = f"{name}, from row {channels.start}"
-            if weight.shape != shape:
+            is_local = channels is None
+            if channels is not None and self._are_local_rows(projection, weight):
+                name, is_local = f"{name}, from row {channels.start}", True
+            elif weight.shape != shape:
                 raise CheckpointError(
                     f"{name}: shape {list(weight.shape)}, expected {list(shape)}"
                     f" for the {projection} projection of expert {expert}"
@@ -227,6 +246,8 @@ class OnlineMoEMethodBase:
             slot = local[expert]
             at, scale_at = slot * stride + begin, slot * scale_stride + scale_begin
             place = Place(weight, at, scale_at, name)
+            if not is_local:
+                place = self._local_part(projection, place, device)
             ready[projection == "down"].extend(self._ready(expert, projection, place, device))
             waiting.discard(arrival)  # at once: it could come a second time
             taken.append(arrival)
@@ -391,16 +412,24 @@ class OnlineMoEMethodBase:
         self, expert: int, projection: Projection, place: Place, device: torch.device
     ) -> tuple[Place, ...]:
         """What can be quantized now that this, which goes to `device`, has arrived."""
-        if self._channels is not None and projection == "down":
-            return (columns_of(place, self._channels, device),)
         return (place,)
 
-    def _local_rows(self, weight: Span) -> Span:
-        """Of gate or up: nothing to do where only they were read."""
-        assert self._channels is not None
-        if weight.shape[0] != self._all_channels:
-            return weight
-        return weight.rows(self._channels.start, len(self._channels))
+    def _are_local_rows(self, projection: Projection, weight: Span) -> bool:
+        """Of gate or up, where only they were read: they need to know nothing of the others."""
+        if projection == "down" or self.scheme.granularity is Granularity.TENSOR:
+            return False
+        return weight.shape == (self._intermediate, self._hidden)
+
+    def _local_part(self, projection: Projection, place: Place, device: torch.device) -> Place:
+        """Of a whole matrix."""
+        channels, grain = self._channels, self.scheme.granularity
+        assert channels is not None
+        if projection == "down":
+            return part_of(place, range(self._hidden), channels, grain, device)
+        if grain is Granularity.TENSOR:
+            return part_of(place, channels, range(self._hidden), grain, device)
+        rows = place.weight.rows(channels.start, len(channels))
+        return place._replace(weight=rows, name=f"{place.name}, from row {channels.start}")
 
     def _strides(self, projection: Projection) -> tuple[tuple[int, int], int, int, int, int]:
         """Of one projection: the shape [N, K] that arrives; from expert to expert, and from an
@@ -410,7 +439,7 @@ class OnlineMoEMethodBase:
         scales = math.prod(scale_shape(self.scheme.granularity, (n, k)))
         parts = 2 if self._is_gated and not down else 1
         second = int(projection == "up" and self._is_gated)
-        shape = (n, self._all_channels) if down else (n, k)
+        shape = (n, self._all_channels) if down else (self._all_channels, k)
         if self.scheme.granularity is Granularity.TENSOR:  # gate and up share theirs
             return shape, parts * n * k, second * n * k, scales, 0
         return shape, parts * n * k, second * n * k, parts * scales, second * scales

@@ -40,7 +40,8 @@ class Place(NamedTuple):
         scale_at: element of the scales where its own begin, `scale_shape(granularity, [N, K])`;
             they are written. Under `Granularity.TENSOR` matrices can share one.
         name: of the tensor in the checkpoint, for messages.
-        amax: fp32 [N], of whole rows, where the matrix is some columns of another.
+        amax: fp32, as `quantize.amax` has it, where the matrix is a part of a larger one and shares
+            scales with the rest.
     """
 
     weight: Span
@@ -50,19 +51,25 @@ class Place(NamedTuple):
     amax: Tensor | None = None
 
 
-def columns_of(place: Place, columns: range, device: torch.device) -> Place:
-    """Some columns of a matrix [N, K], to be quantized as in the whole one: other ranks hold the
-    rest of every row. Their amax is found by looking and not by asking, because who reads some
-    columns of a file reads nearly all of it.
+def part_of(
+    place: Place, rows: range, columns: range, granularity: Granularity, device: torch.device
+) -> Place:
+    """Some rows and columns of a matrix [N, K], to be quantized as in the whole one: other ranks
+    hold the rest of what shares a scale. Its amax is found by looking and not by asking, because
+    who reads some columns of a file reads nearly all of it. Blocks are not divided.
 
     Raises:
-        NonFiniteError: NaN or Inf in any column.
+        NonFiniteError: NaN or Inf, also in another rank's part of what shares a scale.
     """
     whole = place.weight.tensor().to(device)
-    rows = amax(whole, Granularity.CHANNEL)
-    check_finite(whole, rows, place.name)
-    part = whole[:, columns.start : columns.stop]
-    return place._replace(weight=Span.of(part), amax=rows)
+    part = whole[rows.start : rows.stop, columns.start : columns.stop]
+    if granularity is Granularity.BLOCK:
+        return place._replace(weight=Span.of(part))
+    mine = amax(whole, granularity)
+    check_finite(whole, mine, place.name)
+    if granularity is Granularity.CHANNEL:
+        mine = mine[rows.start : rows.stop]
+    return place._replace(weight=Span.of(part), amax=mine)
 
 
 def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
@@ -80,16 +87,18 @@ def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Gr
         places = [place for place in places if place.amax is not None]
     shared: dict[int, Tensor] = {}
     for place in places if granularity is Granularity.TENSOR else ():
-        weight = place.weight.tensor().to(codes.device)
-        mine, key = amax(weight, granularity), place.scale_at
-        check_finite(weight, mine, place.name)
+        weight, key = place.weight.tensor().to(codes.device), place.scale_at
+        mine = place.amax
+        if mine is None:
+            mine = amax(weight, granularity)
+            check_finite(weight, mine, place.name)
         shared[key] = torch.maximum(shared[key], mine) if key in shared else mine
-    for span, at, scale_at, name, row_amax in places:
+    for span, at, scale_at, name, whole_amax in places:
         weight = span.tensor().to(codes.device)
         if granularity is Granularity.TENSOR:
             group_amax = shared[scale_at]
-        elif row_amax is not None:
-            group_amax = row_amax
+        elif whole_amax is not None:
+            group_amax = whole_amax
         else:
             group_amax = amax(weight, granularity)
             check_finite(weight, group_amax, name)
