@@ -166,7 +166,7 @@ def test_a_linear_compiles_without_a_graph_break(compiler: str, backend: str) ->
     method.process_weights_after_loading(layer)
 
     def forward(x: Tensor) -> Tensor:
-        return method.apply(layer, x.relu()) * 2
+        return method.apply(layer, x.relu(), None) * 2
 
     compiled = torch.compile(forward, backend=compiler, fullgraph=True)
     with torch.inference_mode():

@@ -145,7 +145,7 @@ def test_apply_stays_close_to_the_unquantized_linear(
     weight, x = random(N, K, dtype=dtype), random(2, 3, K, seed=1, dtype=dtype)
     bias = 30 * random(N, seed=2, dtype=dtype) if has_bias else None
     method, layer = ready(scheme, backend, weight, bias)
-    out = method.apply(layer, x)
+    out = method.apply(layer, x, layer.bias)
     assert (out.shape, out.dtype) == ((2, 3, N), dtype)
     exact = torch.nn.functional.linear(
         x.double(), weight.double(), None if bias is None else bias.double()
@@ -163,7 +163,7 @@ def test_zero_rows_and_zero_tokens_stay_zero(scheme: OnlineQuantScheme, backend:
     weight[3] = 0
     x[2] = 0
     method, layer = ready(scheme, backend, weight)
-    out = method.apply(layer, x)
+    out = method.apply(layer, x, layer.bias)
     assert bool(torch.isfinite(out).all())
     assert bool((out[2] == 0).all())
     assert bool((out[:, 3] == 0).all())
@@ -177,7 +177,8 @@ def test_no_tokens_give_no_outputs(
     scheme: OnlineQuantScheme, backend: str, shape: tuple[int, ...]
 ) -> None:
     method, layer = ready(scheme, backend, random(N, K), random(N))
-    assert method.apply(layer, torch.empty(shape, dtype=torch.bfloat16)).shape == (*shape[:-1], N)
+    out = method.apply(layer, torch.empty(shape, dtype=torch.bfloat16), layer.bias)
+    assert out.shape == (*shape[:-1], N)
 
 
 @EVERY_SCHEME
@@ -185,7 +186,8 @@ def test_no_tokens_give_no_outputs(
 def test_a_single_row_needs_no_batch(scheme: OnlineQuantScheme, backend: str) -> None:
     method, layer = ready(scheme, backend, random(N, K))
     x = random(K, seed=1)
-    assert torch.equal(method.apply(layer, x), method.apply(layer, x[None])[0])
+    together = method.apply(layer, x[None], layer.bias)
+    assert torch.equal(method.apply(layer, x, layer.bias), together[0])
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])

@@ -24,7 +24,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         method: OnlineLinearMethod = self._moeq_method  # type: ignore[assignment]
-        return method.apply(self, x)
+        return method.apply(self, x, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         _refuse_cast(self, fn)

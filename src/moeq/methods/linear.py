@@ -38,8 +38,23 @@ class OnlineLinearMethod:
         grid = scale_shape(self.scheme.granularity, shape)
         register_meta(layer, "weight_scale", grid, torch.float32)
 
-    def load(self, layer: nn.Module, weight: Tensor, name: str, device: torch.device) -> None:
+    def load(
+        self,
+        layer: nn.Module,
+        weight: Tensor,
+        name: str,
+        device: torch.device,
+        *,
+        amax: Tensor | None = None,
+    ) -> None:
         """Quantize a weight [out, in] into final storage on `device`.
+
+        Args:
+            layer: that `create_weights` has seen.
+            weight: fp16, bf16 or fp32.
+            name: of the tensor, for messages.
+            device: of the codes.
+            amax: of what shares a scale, where the weight is a part of that.
 
         Raises:
             CheckpointError: misshapen, of a wrong dtype, or here before.
@@ -56,7 +71,7 @@ class OnlineLinearMethod:
                 empty = torch.empty_like(parameter(layer, own), device=device)
                 setattr(layer, own, nn.Parameter(empty, requires_grad=False))
         codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
-        place = Place(Span.of(weight), 0, 0, name)
+        place = Place(Span.of(weight), 0, 0, name, amax)
         quantize_matrices(Storage(codes.data, scale.data), [place], self.scheme.granularity)
         self._loaded = True
 
@@ -110,14 +125,14 @@ class OnlineLinearMethod:
         codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
         return dequantize(codes, scale, self.scheme.granularity, dtype=self._dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x, plus the bias [N]."""
         assert self.choice is not None, "apply before process_weights_after_loading"
         out: Tensor = ops.linear(
             x,
             parameter(layer, "weight_codes"),
             parameter(layer, "weight_scale"),
-            layer._parameters.get("bias"),
+            bias,
             self.scheme.value,
             self.choice.backend.name,
         )

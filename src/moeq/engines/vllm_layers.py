@@ -1,0 +1,488 @@
+"""moeq's methods as vLLM's layers call them.
+
+Tensors are quantized as they arrive: vLLM's loader hands every expert's projection, whole, to the
+`weight_loader` of a parameter. Ours takes this rank's experts (expert parallelism) or channels
+(tensor parallelism) and quantizes them into final storage, in fp32, with the scales of whole rows,
+blocks or matrices, so that ranks share nothing but their outputs and no layer exists in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from moeq.config import OnlineQuantizationConfig, matches
+from moeq.engines.vllm import PREFIX
+from moeq.errors import CheckpointError, ConfigError, ModelError
+from moeq.kernels.activations import ACTIVATIONS
+from moeq.methods.base import OnlineMoEMethodBase, Projection
+from moeq.methods.linear import OnlineLinearMethod
+from moeq.quantize import amax
+from moeq.schemes import BLOCK, Granularity, LayerKind, OnlineQuantScheme
+
+logger = init_logger("vllm.moeq")
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last parts of the names of linears whose few outputs decide for a whole token."""
+
+_PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
+
+
+def register_configs() -> None:
+    """Enter `moeq` and one name a scheme into vLLM's table."""
+    register_quantization_config("moeq")(MoeqConfig)
+    for scheme in OnlineQuantScheme:
+        name = PREFIX + scheme.value
+        config = type("MoeqConfig", (MoeqConfig,), {"name": name, "scheme": scheme})
+        register_quantization_config(name)(config)
+
+
+class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
+    """An `OnlineQuantizationConfig`, asked by vLLM.
+
+    Args:
+        config: what becomes of which layer; by default the scheme of the name, for all it covers.
+
+    Raises:
+        ConfigError: no scheme, neither by the name nor in a config.
+    """
+
+    name: ClassVar[str] = "moeq"
+    scheme: ClassVar[OnlineQuantScheme | None] = None
+
+    def __init__(self, config: OnlineQuantizationConfig | None = None) -> None:
+        super().__init__()
+        if config is None and self.scheme is None:
+            raise ConfigError(
+                "--quantization moeq needs a config that says which scheme",
+                hint=f"--quantization {PREFIX}int8_per_channel_weight_only, or --hf-overrides"
+                ' \'{"quantization_config_dict_json": "{...}"}\'',
+            )
+        self.config = config or OnlineQuantizationConfig(self.scheme)
+        self.layers: dict[str, str] = {}  # by name: a scheme, or why not
+        self._asked: set[str] = set()
+
+    # What vLLM asks about the quantization.
+
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.name
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # the oracle knows, and says why
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MoeqConfig:
+        raise ConfigError(
+            f"the checkpoint is quantized already (quant_method {config.get('quant_method')!r}),"
+            " and vLLM's plugin quantizes unquantized ones",
+            hint="start from the original; of moeq's own format there is one that vLLM reads:"
+            " moeq quantize --format compressed-tensors",
+        )
+
+    @classmethod
+    def from_config_dict_json(cls, text: str | dict[str, Any]) -> MoeqConfig:
+        """vLLM's way to pass a config: `quantization_config_dict_json` in `--hf-overrides`."""
+        entries = text if isinstance(text, dict) else _json_object(text)
+        if cls.scheme is not None and not {"quantization", "targets"} & set(entries):
+            entries = {"quantization": cls.scheme.value, **entries}
+        return cls(OnlineQuantizationConfig.from_dict(entries))
+
+    @property
+    def online_quantization_config(self) -> None:
+        return None
+
+    @online_quantization_config.setter
+    def online_quantization_config(self, value: object) -> None:
+        if value is not None:
+            raise ConfigError(
+                "--quantization-config is for vLLM's own schemes",
+                hint='moeq takes --hf-overrides \'{"quantization_config_dict_json": "{...}"}\'',
+            )
+
+    # What vLLM asks about a layer.
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """vLLM's method for one of its layers; None, which is vLLM's own, where it is not ours."""
+        if isinstance(layer, RoutedExperts):
+            name = prefix.removesuffix(".routed_experts")
+            if self._scheme_for(name, "moe") is None:
+                return None
+            method = self.config.get_quant_method(name, "moe")
+            assert isinstance(method, OnlineMoEMethodBase)
+            return MoeqMoEMethod(self, name, method, layer)
+        if not isinstance(layer, LinearBase):
+            return None
+        if set(_ROUTERS) & set(prefix.rsplit(".", 2)[-2:]):
+            self._asked.add(prefix)
+            self.layers[prefix] = "router"
+            return UnquantizedLinearMethod()
+        scheme = self._scheme_for(prefix, "linear")
+        if scheme is None:
+            return UnquantizedLinearMethod()
+        return MoeqLinearMethod(prefix, OnlineLinearMethod(scheme, backend=self.config.backend))
+
+    def _scheme_for(self, name: str, kind: LayerKind) -> OnlineQuantScheme | None:
+        """By the layer's name in vLLM, or by those of the checkpoint's layers it is made of, which
+        then have to agree."""
+        base, _, own = name.rpartition(".")
+        parts = [f"{base}.{part}" for part in self.packed_modules_mapping.get(own, ())]
+        self._asked.update((name, *parts))
+        if not parts or any(matches(pattern, name) for pattern in self.config.patterns):
+            parts = [name]
+        schemes = {part: self.config.scheme_for(part, kind) for part in parts}
+        if len(set(schemes.values())) > 1:
+            said = ", ".join(f"{n}: {s.value if s else 'none'}" for n, s in schemes.items())
+            raise ConfigError(
+                f"{name} is one layer in vLLM, and its parts differ: {said}",
+                hint="let a pattern match all of them, or the layer's name in vLLM",
+            )
+        scheme = next(iter(schemes.values()))
+        self.layers[name] = "kept" if scheme is None else scheme.value
+        return scheme
+
+    def check_patterns(self) -> None:
+        """Once all layers are there.
+
+        Raises:
+            PatternError: one matches nothing. Pipeline stages hold a part of the layers each, and
+                are not asked.
+        """
+        parallel = get_current_vllm_config().parallel_config
+        if parallel.pipeline_parallel_size == 1:
+            self.config.check_patterns(self._asked)
+
+
+class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The experts of one layer.
+
+    Args:
+        config: of the model.
+        name: of the layer.
+        method: which quantizes them.
+        layer: vLLM's.
+    """
+
+    def __init__(
+        self, config: MoeqConfig, name: str, method: OnlineMoEMethodBase, layer: RoutedExperts
+    ) -> None:
+        super().__init__(layer.moe_config)
+        self._config = config
+        self._name = name
+        self._method = method
+        self._is_loaded = False
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        moe = self.moe
+        self._check(hidden_size, intermediate_size_per_partition)
+        first = moe.tp_rank * intermediate_size_per_partition
+        channels = range(first, first + intermediate_size_per_partition)
+        self._method.create_weights(
+            layer,
+            num_experts=moe.num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size_per_partition * moe.tp_size,
+            is_gated=moe.is_act_and_mul,
+            has_bias=moe.has_bias,
+            dtype=params_dtype,
+            local_experts=_local_experts(layer.expert_map),
+            local_channels=channels if moe.tp_size > 1 else None,
+        )
+        device = torch.get_default_device()
+        self._method.select_backend(device, _activation(layer, self._name))
+        self._method.materialize(layer, device)
+        # What vLLM's loader looks for. They have no memory, and hand over what comes
+        for name in ("w13", "w2"):
+            shape = layer.get_parameter(f"{name}_codes").shape
+            meta = torch.empty(shape, dtype=params_dtype, device="meta")
+            layer.register_parameter(f"{name}_weight", nn.Parameter(meta, requires_grad=False))
+            found = [f"{name}_weight", *([f"{name}_bias"] if moe.has_bias else [])]
+            for own in found:
+                layer.get_parameter(own).weight_loader = _Loader(self, layer)
+        self._device = device
+
+    def arrive(
+        self, layer: RoutedExperts, expert: int, shard: str, tensor: Tensor, name: str
+    ) -> bool:
+        """One projection of one expert, or its bias, whole.
+
+        Returns:
+            Whether the expert is held here.
+        """
+        if self._is_loaded:  # a new set of weights begins
+            self._method.expect_all()
+            self._is_loaded = False
+        projection = _PROJECTIONS[shard]
+        if projection == "gate" and not self.moe.is_act_and_mul:
+            projection = "up"  # vLLM's first, where there is one
+        what = f"{name}, {shard} of expert {expert}"
+        if name.endswith("_bias"):
+            self._method.load_bias(layer, expert, projection, tensor.to(self._device), what)
+        else:
+            self._method.load_expert(layer, expert, projection, tensor, what)
+        local = layer.expert_map
+        return local is None or int(local[expert]) >= 0
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        if self._is_loaded:
+            return
+        if get_current_vllm_config().load_config.load_format == "dummy":
+            _fill(layer)
+            self._method.expect_nothing()
+        self._config.check_patterns()
+        self._method.check_arrived(self._name)
+        finite = _finite(layer)
+        if not finite:
+            raise CheckpointError(f"{self._name}: NaN or Inf among the weights of its experts")
+        self._method.process_weights_after_loading(layer, activation=_activation(layer, self._name))
+        self._is_loaded = True
+        choice = self._method.choice
+        assert choice is not None
+        logger.info_once(
+            "moeq: experts in %s, kernels: %s%s",
+            self._method.scheme.value,
+            choice.backend.name,
+            f" ({choice.note})" if choice.note else "",
+        )
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        if layer.expert_map is not None:  # -1, which adds nothing, for other ranks' experts
+            topk_ids = layer.expert_map[topk_ids.long()]
+        return self._method.apply(layer, x, topk_ids, topk_weights)
+
+    def _check(self, hidden_size: int, intermediate_size: int) -> None:
+        """That vLLM asks for nothing that would be dropped silently."""
+        moe = self.moe
+        reason = ""
+        if hidden_size != (moe.hidden_dim_unpadded or hidden_size):
+            reason = f"its hidden size is padded to {hidden_size}"
+        elif intermediate_size != (
+            moe.intermediate_size_per_partition_unpadded or intermediate_size
+        ):
+            reason = f"its intermediate size is padded to {intermediate_size}"
+        elif moe.swiglu_limit is not None or moe.swiglu_alpha is not None:
+            reason = "its gate is clamped"
+        elif moe.is_lora_enabled:
+            reason = "LoRA is enabled"
+        if reason:
+            raise ModelError(
+                f"{self._name}: {reason}, which moeq's plugin does not do",
+                hint=f"leave the layer to vLLM: ignore=[{self._name!r}]",
+            )
+
+
+class _Loader:
+    """`weight_loader` of the parameters of experts. An object, because vLLM calls it with keywords
+    and asks it whether it knows experts."""
+
+    supports_moe_loading = True
+
+    def __init__(self, method: MoeqMoEMethod, layer: RoutedExperts) -> None:
+        self._method = method
+        self._layer = layer
+
+    def __call__(
+        self,
+        param: nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> bool | None:
+        if shard_id not in _PROJECTIONS or expert_id is None:
+            raise ModelError(
+                f"{weight_name}: vLLM loads these experts in a way of the model's own"
+                f" (shard {shard_id!r} of expert {expert_id}), which moeq's plugin does not know",
+                hint="run the model in moeq's transformers engine",
+            )
+        found = self._method.arrive(self._layer, expert_id, shard_id, loaded_weight, weight_name)
+        return found if return_success else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loader:
+        return self
+
+
+class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """One linear layer: loaded by vLLM, then quantized.
+
+    Args:
+        name: of the layer.
+        method: which quantizes it.
+    """
+
+    def __init__(self, name: str, method: OnlineLinearMethod) -> None:
+        self._name = name
+        self._method = method
+        self._plain = UnquantizedLinearMethod()
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        outputs = sum(output_partition_sizes)
+        grain = self._method.scheme.granularity
+        self._is_row_split = input_size_per_partition != input_size
+        self._is_split = self._is_row_split or outputs != output_size
+        sizes = [input_size_per_partition] if self._is_row_split else output_partition_sizes
+        if grain is Granularity.BLOCK and self._is_split and any(size % BLOCK for size in sizes):
+            raise ModelError(
+                f"{self._name}: tensor parallelism cuts it into parts of {sizes}, which divide"
+                f" blocks of {BLOCK} x {BLOCK} weights that share a scale",
+                hint="use fewer ranks, or a scheme with a scale per channel",
+            )
+        self._method.create_weights(
+            layer, in_features=input_size_per_partition, out_features=outputs, dtype=params_dtype
+        )
+        self._method.select_backend(torch.get_default_device())
+        self._plain.create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        layer.weight.data.fill_(torch.nan)  # so that what never arrives is found
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        if self._method.choice is not None:
+            return
+        weight = layer.weight.data
+        if get_current_vllm_config().load_config.load_format == "dummy":
+            weight.normal_(std=0.01)
+        if bool(torch.isnan(weight).any()):
+            raise CheckpointError(
+                f"{self._name}.weight: NaN, or some of it never arrived",
+                hint="the checkpoint is damaged or incomplete",
+            )
+        self._method.load(layer, weight, self._name, weight.device, amax=self._whole_amax(weight))
+        del layer.weight
+        self._method.process_weights_after_loading(layer)
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._method.apply(layer, x, bias)
+
+    def _whole_amax(self, weight: Tensor) -> Tensor | None:
+        """Of what shares a scale, over the ranks that hold it; None where this one holds it all."""
+        grain = self._method.scheme.granularity
+        splits = {Granularity.TENSOR: self._is_split, Granularity.CHANNEL: self._is_row_split}
+        if not splits.get(grain, False):
+            return None
+        mine = amax(weight, grain)
+        maximum = torch.distributed.ReduceOp.MAX
+        torch.distributed.all_reduce(mine, op=maximum, group=get_tp_group().device_group)
+        return mine
+
+
+def _activation(layer: RoutedExperts, name: str) -> str:
+    """A name in `ACTIVATIONS`.
+
+    Raises:
+        ModelError: vLLM's has none.
+    """
+    value: str = layer.activation.value
+    ours = value.removesuffix("_no_mul")
+    reason = "" if ours in ACTIVATIONS else f"its activation is {value}"
+    if layer.apply_router_weight_on_input:
+        reason = "the router's weights apply to its input"
+    if reason:
+        raise ModelError(
+            f"{name}: {reason}, which moeq's plugin does not do",
+            hint="run the model in moeq's transformers engine, or leave the layer to vLLM:"
+            f" ignore=[{name!r}]",
+        )
+    return ours
+
+
+def _local_experts(expert_map: Tensor | None) -> list[int] | None:
+    """Global ids in the order of this rank's slots."""
+    if expert_map is None:
+        return None
+    slots: list[int] = expert_map.tolist()
+    held = {slot: expert for expert, slot in enumerate(slots) if slot >= 0}
+    return [held[slot] for slot in sorted(held)]
+
+
+def _own(layer: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for weight in ("w13", "w2"):
+        for kind in ("codes", "scale"):
+            yield kind, layer.get_parameter(f"{weight}_{kind}").data
+
+
+def _finite(layer: nn.Module) -> bool:
+    from moeq.methods.base import finite_scales
+
+    return bool(finite_scales(layer))
+
+
+def _fill(layer: nn.Module) -> None:
+    """Random codes for `--load-format dummy`, the same on every rank and machine."""
+    for kind, tensor in _own(layer):
+        if kind == "scale":
+            tensor.fill_(1e-4)
+        elif tensor.dtype == torch.int8:
+            tensor.random_(-127, 128)
+        else:
+            tensor.copy_(torch.empty_like(tensor, dtype=torch.bfloat16).normal_(std=50))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    import json
+
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"quantization_config_dict_json is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ConfigError(f"quantization_config_dict_json is not an object: {entries!r}")
+    return entries
