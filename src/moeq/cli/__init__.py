@@ -20,6 +20,7 @@ from moeq.cli.demo import demo
 from moeq.cli.generate import generate
 from moeq.cli.plan import plan
 from moeq.cli.quantize import quantize
+from moeq.cli.serve import serve
 from moeq.errors import MoeqError
 
 
@@ -32,7 +33,7 @@ def cli() -> None:
     """Quantize Mixture-of-Experts models while they load."""
 
 
-for _command in (demo, plan, generate, quantize, cache, backends):
+for _command in (demo, plan, generate, serve, quantize, cache, backends):
     cli.add_command(_command)
 
 

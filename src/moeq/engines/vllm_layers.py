@@ -42,15 +42,6 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 _PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
-def register_configs() -> None:
-    """Enter `moeq` and one name a scheme into vLLM's table."""
-    register_quantization_config("moeq")(MoeqConfig)
-    for scheme in OnlineQuantScheme:
-        name = PREFIX + scheme.value
-        config = type("MoeqConfig", (MoeqConfig,), {"name": name, "scheme": scheme})
-        register_quantization_config(name)(config)
-
-
 class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
     """An `OnlineQuantizationConfig`, asked by vLLM.
 
@@ -75,6 +66,9 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
         self.config = config or OnlineQuantizationConfig(self.scheme)
         self.layers: dict[str, str] = {}  # by name: a scheme, or why not
         self._asked: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to vLLM's workers; its class has no name of its own
+        return _restored, (self.name, vars(self))
 
     # What vLLM asks about the quantization.
 
@@ -143,7 +137,7 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
         scheme = self._scheme_for(prefix, "linear")
         if scheme is None:
             return UnquantizedLinearMethod()
-        return MoeqLinearMethod(prefix, OnlineLinearMethod(scheme, backend=self.config.backend))
+        return MoeqLinearMethod(prefix, scheme, self.config.backend)
 
     def _scheme_for(self, name: str, kind: LayerKind) -> OnlineQuantScheme | None:
         """By the layer's name in vLLM, or by those of the checkpoint's layers it is made of, which
@@ -174,6 +168,26 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
         parallel = get_current_vllm_config().parallel_config
         if parallel.pipeline_parallel_size == 1:
             self.config.check_patterns(self._asked)
+
+
+_CONFIGS: dict[str, type[MoeqConfig]] = {"moeq": MoeqConfig} | {
+    PREFIX + scheme.value: type(
+        "MoeqConfig", (MoeqConfig,), {"name": PREFIX + scheme.value, "scheme": scheme}
+    )
+    for scheme in OnlineQuantScheme
+}
+
+
+def register_configs() -> None:
+    """Enter them into vLLM's table."""
+    for name, config in _CONFIGS.items():
+        register_quantization_config(name)(config)
+
+
+def _restored(name: str, state: dict[str, Any]) -> MoeqConfig:
+    config = _CONFIGS[name].__new__(_CONFIGS[name])
+    config.__dict__ = state
+    return config
 
 
 class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -348,14 +362,21 @@ class _Loader:
 class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """One linear layer: loaded by vLLM, then quantized.
 
+    vLLM merges linears that have the same input. A scale per tensor is one for each of those, as in
+    the checkpoint; then a kernel with a scale per row runs, to the same numbers.
+
     Args:
         name: of the layer.
-        method: which quantizes it.
+        scheme: of its weights.
+        backend: kernels to use instead of the oracle's choice.
     """
 
-    def __init__(self, name: str, method: OnlineLinearMethod) -> None:
+    def __init__(self, name: str, scheme: OnlineQuantScheme, backend: str | None) -> None:
         self._name = name
-        self._method = method
+        self._grain = scheme.granularity
+        if scheme is OnlineQuantScheme.FP8_PER_TENSOR:
+            scheme = OnlineQuantScheme.FP8_PER_CHANNEL
+        self._method = OnlineLinearMethod(scheme, backend=backend)
         self._plain = UnquantizedLinearMethod()
 
     def create_weights(
@@ -369,11 +390,12 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         outputs = sum(output_partition_sizes)
-        grain = self._method.scheme.granularity
+        self._parts = output_partition_sizes
         self._is_row_split = input_size_per_partition != input_size
         self._is_split = self._is_row_split or outputs != output_size
         sizes = [input_size_per_partition] if self._is_row_split else output_partition_sizes
-        if grain is Granularity.BLOCK and self._is_split and any(size % BLOCK for size in sizes):
+        is_blocks = self._grain is Granularity.BLOCK
+        if is_blocks and self._is_split and any(size % BLOCK for size in sizes):
             raise ModelError(
                 f"{self._name}: tensor parallelism cuts it into parts of {sizes}, which divide"
                 f" blocks of {BLOCK} x {BLOCK} weights that share a scale",
@@ -413,14 +435,21 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return self._method.apply(layer, x, bias)
 
     def _whole_amax(self, weight: Tensor) -> Tensor | None:
-        """Of what shares a scale, over the ranks that hold it; None where this one holds it all."""
-        grain = self._method.scheme.granularity
-        splits = {Granularity.TENSOR: self._is_split, Granularity.CHANNEL: self._is_row_split}
-        if not splits.get(grain, False):
+        """Of every row and all that shares its scale, on other ranks too; None where rows are whole
+        and share none."""
+        if self._grain is Granularity.TENSOR:
+            parts = torch.split(weight, self._parts)
+            mine = torch.stack([amax(part, Granularity.TENSOR).view(()) for part in parts])
+            is_split = self._is_split
+        elif self._grain is Granularity.CHANNEL and self._is_row_split:
+            mine, is_split = amax(weight, Granularity.CHANNEL), True
+        else:
             return None
-        mine = amax(weight, grain)
-        maximum = torch.distributed.ReduceOp.MAX
-        torch.distributed.all_reduce(mine, op=maximum, group=get_tp_group().device_group)
+        if is_split:
+            maximum = torch.distributed.ReduceOp.MAX
+            torch.distributed.all_reduce(mine, op=maximum, group=get_tp_group().device_group)
+        if self._grain is Granularity.TENSOR:
+            mine = mine.repeat_interleave(torch.tensor(self._parts, device=mine.device))
         return mine
 
 

@@ -1,0 +1,19 @@
+"""A function that vLLM sends to its ranks, which import it by this module's name."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+
+def digests(model: Any) -> dict[str, str]:
+    """SHA-256 of what moeq's methods hold, by parameter."""
+    import torch
+
+    return {
+        name: hashlib.sha256(
+            parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+        for name, parameter in model.named_parameters()
+        if name.endswith(("_codes", "_scale"))
+    }
