@@ -31,10 +31,10 @@ from moeq.errors import BackendError, ConfigError, DependencyError
 
 Engine = Literal["vllm", "transformers"]
 
-_GRACE_SECONDS = 1.5
+_GRACE_SECONDS = 1.0
 """For what is still being answered, once the server is told to end."""
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def choose_engine(asked: str, device: str) -> Engine:
     Raises:
         DependencyError: the engine that was asked for is not installed.
     """
-    has_vllm = importlib.util.find_spec("vllm") is not None
+    has_vllm = has_package("vllm")
     if asked == "auto":
         asked = "vllm" if has_vllm and device.startswith("cuda") else "transformers"
     if asked == "vllm":
@@ -247,6 +247,10 @@ def serve_vllm(
                 os.killpg(server.pid, signal.SIGKILL)
             status = server.wait()
     return 0 if stop.is_set() else status
+
+
+def has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _answers(address: Address) -> bool:
