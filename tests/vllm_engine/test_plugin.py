@@ -261,7 +261,9 @@ def test_ranks_predict_the_same(
 def test_stages_of_a_pipeline(one: dict[str, Any], ranks: dict[str, Any], floor: float) -> None:
     assert "error" not in ranks["stages"], ranks["stages"]
     first, second = ranks["stages"]["digests"]
-    assert first and second and first.keys().isdisjoint(second)
+    assert first
+    assert second
+    assert first.keys().isdisjoint(second)
     assert first | second == one[INT8]["digests"][0]
     assert distance(one[INT8]["logprobs"], ranks["stages"]["logprobs"]) <= 4 * floor
 
