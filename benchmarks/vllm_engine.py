@@ -3,8 +3,8 @@
     python benchmarks/vllm_engine.py --python .venv-vllm/bin/python [--gb 2.4] [--threads 2]
 
 Makes a checkpoint of Qwen3-30B-A3B's layers with random weights, and has each engine, in a process
-of its own in turn, load it, read prompts of 512 tokens and write 64 tokens. Anonymous memory is above
-what the process has before it loads, without vLLM's KV cache. Medians over --rounds.
+of its own in turn, load it, read prompts of 512 tokens and write 64 tokens. Anonymous memory is
+above what the process has before it loads, without vLLM's KV cache. Medians over --rounds.
 """
 
 from __future__ import annotations

