@@ -118,9 +118,7 @@ def one(vllm_job: Job, prompts: list[list[int]], checkpoints: dict[str, Path]) -
     runs["targets"] = {"quantization": "moeq"} | config(targets={"*.experts": INT8})
     runs["experts alone"] = fp8 | config(linear="none")
     runs["no layer"] = fp8 | config(ignore=["model.layers.9.*"])
-    runs["no such target"] = {"quantization": "moeq"} | config(
-        targets={"lm_head": "fp8_per_channel"}
-    )
+    runs["no such target"] = {"quantization": "moeq"} | config(targets={"lm_head": SCHEMES[0]})
     runs["head ignored"] = quantized | config(ignore=["lm_head"])
     runs["parts differ"] = fp8 | config(ignore=["*.q_proj"])
     runs["unknown key"] = fp8 | config(ignored=["*.q_proj"])
