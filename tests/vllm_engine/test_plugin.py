@@ -76,7 +76,22 @@ def lose_linear(tensors: dict[str, Tensor]) -> None:
     del tensors["model.layers.1.self_attn.k_proj.weight"]
 
 
-CHANGES = {"zeros": empty, "nan": damage, "no expert": lose_expert, "no linear": lose_linear}
+def lose_router(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.gate.weight"]
+
+
+def lose_norm(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.input_layernorm.weight"]
+
+
+CHANGES = {
+    "zeros": empty,
+    "nan": damage,
+    "no expert": lose_expert,
+    "no linear": lose_linear,
+    "no router": lose_router,
+    "no norm": lose_norm,
+}
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +118,8 @@ def one(vllm_job: Job, prompts: list[list[int]], checkpoints: dict[str, Path]) -
     runs["targets"] = {"quantization": "moeq"} | config(targets={"*.experts": INT8})
     runs["experts alone"] = fp8 | config(linear="none")
     runs["no layer"] = fp8 | config(ignore=["model.layers.9.*"])
+    runs["no such target"] = {"quantization": "moeq"} | config(targets={"lm_head": SCHEMES[0]})
+    runs["head ignored"] = quantized | config(ignore=["lm_head"])
     runs["parts differ"] = fp8 | config(ignore=["*.q_proj"])
     runs["unknown key"] = fp8 | config(ignored=["*.q_proj"])
     runs["no scheme"] = {"quantization": "moeq"}
@@ -288,6 +305,10 @@ def test_a_config_chooses_layers(one: dict[str, Any]) -> None:
     assert everything > experts
 
 
+def test_a_head_that_is_never_quantized_may_be_ignored(one: dict[str, Any]) -> None:
+    assert "error" not in one["head ignored"], one["head ignored"]
+
+
 def test_the_router_is_never_quantized(one: dict[str, Any]) -> None:
     for scheme in SCHEMES:
         assert not [name for name in one[scheme]["digests"][0] if ".gate." in name]
@@ -306,6 +327,9 @@ def test_random_codes_where_vllm_is_asked_for_dummies(one: dict[str, Any]) -> No
             "layers.1.mlp.experts: 1 expert tensors never arrived, the first: down",
         ),
         ("no linear", "layers.1.self_attn.qkv_proj.weight: NaN, or some of it never arrived"),
+        ("no router", "layers.1.mlp.gate.weight: NaN, or some of it never arrived"),
+        ("no norm", "model.layers.1.input_layernorm.weight"),
+        ("no such target", "target 'lm_head' matches no layer that can be quantized"),
         ("nan", "model.layers.1.mlp.experts.w2_weight, w2 of expert 4: nan at [5, 6]"),
         ("no layer", "pattern 'model.layers.9.*' matches no layer"),
         ("parts differ", "qkv_proj is one layer in vLLM, and its parts differ"),

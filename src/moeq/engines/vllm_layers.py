@@ -24,10 +24,12 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from moeq.config import OnlineQuantizationConfig, matches
 from moeq.engines.vllm import PREFIX
-from moeq.errors import CheckpointError, ConfigError, ModelError
+from moeq.engines.vllm_arrivals import watch_loader
+from moeq.errors import CheckpointError, ConfigError, ModelError, PatternError
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.methods.base import OnlineMoEMethodBase, Projection
 from moeq.methods.linear import OnlineLinearMethod
@@ -66,6 +68,7 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
         self.config = config or OnlineQuantizationConfig(self.scheme)
         self.layers: dict[str, str] = {}  # by name: a scheme, or why not
         self._asked: set[str] = set()
+        self._quantized: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:  # to vLLM's workers; its class has no name of its own
         return _restored, (self.name, vars(self))
@@ -129,6 +132,8 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
             assert isinstance(method, OnlineMoEMethodBase)
             return MoeqMoEMethod(self, name, method, layer)
         if not isinstance(layer, LinearBase):
+            if isinstance(layer, VocabParallelEmbedding):
+                self._asked.add(prefix)  # `ignore` may name them, as in moeq's own engine
             return None
         if set(_ROUTERS) & set(prefix.rsplit(".", 2)[-2:]):
             self._asked.add(prefix)
@@ -155,6 +160,8 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
                 hint="let a pattern match all of them, or the layer's name in vLLM",
             )
         scheme = next(iter(schemes.values()))
+        if scheme is not None:
+            self._quantized.update((name, *parts))
         self.layers[name] = "kept" if scheme is None else scheme.value
         return scheme
 
@@ -162,12 +169,26 @@ class MoeqConfig(QuantizationConfig):  # type: ignore[misc]
         """Once all layers are there.
 
         Raises:
-            PatternError: one matches nothing. Pipeline stages hold a part of the layers each, and
-                are not asked.
+            PatternError: one matches nothing, or a target nothing that can be quantized. Pipeline
+                stages hold a part of the layers each, and are not asked.
+            ModelError: no layer is quantized.
         """
         parallel = get_current_vllm_config().parallel_config
-        if parallel.pipeline_parallel_size == 1:
-            self.config.check_patterns(self._asked)
+        if parallel.pipeline_parallel_size != 1:
+            return
+        self.config.check_patterns(self._asked)
+        for pattern in self.config.targets:
+            if not any(matches(pattern, name) for name in self._quantized):
+                raise PatternError(
+                    f"target {pattern!r} matches no layer that can be quantized",
+                    hint="experts and linears can, routers and heads cannot",
+                )
+        if not self._quantized:
+            raise ModelError(
+                f"{self.config!r} covers no layer of the model",
+                hint="int8_per_channel_weight_only is for experts alone; the other schemes quantize"
+                " linears too",
+            )
 
 
 _CONFIGS: dict[str, type[MoeqConfig]] = {"moeq": MoeqConfig} | {
@@ -182,6 +203,7 @@ def register_configs() -> None:
     """Enter them into vLLM's table."""
     for name, config in _CONFIGS.items():
         register_quantization_config(name)(config)
+    watch_loader(tuple(_CONFIGS))
 
 
 def _restored(name: str, state: dict[str, Any]) -> MoeqConfig:
@@ -430,6 +452,8 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._method.load(layer, weight, self._name, weight.device, amax=self._whole_amax(weight))
         del layer.weight
         self._method.process_weights_after_loading(layer)
+        # Latent attention asks where it is, and then multiplies by the identity. No parameter
+        layer.__dict__["weight"] = layer.get_parameter("weight_codes")
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._method.apply(layer, x, bias)
