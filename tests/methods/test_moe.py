@@ -15,7 +15,8 @@ from moeq import oracle
 from moeq.config import OnlineQuantizationConfig
 from moeq.errors import BackendError, CheckpointError, ModelError, NonFiniteError
 from moeq.methods import matrices
-from moeq.methods.base import OnlineMoEMethodBase, Projection, finite_scales
+from moeq.methods.base import OnlineMoEMethodBase, Projection
+from moeq.methods.parameters import finite_scales
 from moeq.quantize import QMAX, amax, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, routing, stored

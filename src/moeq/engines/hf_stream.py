@@ -35,8 +35,9 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_routes import Decision
 from moeq.engines.hf_structure import Target
 from moeq.memory import available_bytes
-from moeq.methods.base import OnlineMoEMethodBase, finite_scales
+from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
+from moeq.methods.parameters import finite_scales
 from moeq.plan import LayerShape, Part, Source
 from moeq.quantize import check_finite
 from moeq.span import Span

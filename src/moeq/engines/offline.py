@@ -33,7 +33,7 @@ from moeq.engines.load import check_folder, empty_model
 from moeq.engines.planning import decision_for
 from moeq.engines.save import copy_beside
 from moeq.errors import ConfigError
-from moeq.methods.base import parameter
+from moeq.methods.parameters import parameter
 from moeq.plan import LayerPlan, LoadPlan
 
 SHARD_BYTES = 5 * 10**9

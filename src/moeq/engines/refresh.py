@@ -29,8 +29,9 @@ from moeq.engines.hf_routes import check_rest, original_names
 from moeq.engines.hf_stream import Arrival, Method, arrivals_of
 from moeq.engines.hf_structure import Target, find_targets
 from moeq.errors import ModelError, MoeqError, RefreshError
-from moeq.methods.base import OnlineMoEMethodBase, finite_scales
+from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
+from moeq.methods.parameters import finite_scales
 from moeq.plan import Source, check_source
 from moeq.span import Span
 

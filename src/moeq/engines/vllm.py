@@ -32,7 +32,7 @@ def register() -> None:
 
     reason = refusal(vllm.__version__)
     if reason is None:
-        from moeq.engines.vllm_layers import register_configs
+        from moeq.engines.vllm_config import register_configs
 
         register_configs()
     else:

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from moeq.engines.vllm_layers import MoeqLinearMethod
 from moeq.errors import CheckpointError
 
 _FILLED = "_moeq_looks_for_what_is_missing"
@@ -55,7 +56,7 @@ def watch_loader(names: tuple[str, ...]) -> None:
                 )
         for found in arrived:
             # What vLLM asks of unquantized models; others' methods check their own
-            if found is not None and self.enable_weights_track is None:
+            if found is not None and getattr(self, "enable_weights_track", None) is None:
                 self.track_weights_loading(model, set(found))
 
     setattr(load_weights, _FILLED, True)
@@ -65,8 +66,6 @@ def watch_loader(names: tuple[str, ...]) -> None:
 def _fill_unquantized(model: nn.Module) -> dict[str, Tensor]:
     """NaN into what is neither loaded yet nor looked at by a method: linears and embeddings that
     stay as they are, and the biases of all linears."""
-    from moeq.engines.vllm_layers import MoeqLinearMethod
-
     plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():

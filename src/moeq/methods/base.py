@@ -33,13 +33,17 @@ from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.methods.matrices import Place, Storage, part_of, quantize_matrices
+from moeq.methods.parameters import (
+    align,
+    check_scale,
+    check_weight_dtype,
+    parameter,
+    register_meta,
+)
 from moeq.oracle import Choice, KernelRequest, select_backend
-from moeq.quantize import LARGEST, QMAX, WEIGHT_DTYPES, check_finite
+from moeq.quantize import WEIGHT_DTYPES, check_finite
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 from moeq.span import Span
-
-_ALIGNMENT = 64
-"""Bytes: a cache line, and the widest vector of a CPU."""
 
 Projection = Literal["gate", "up", "down"]
 
@@ -464,53 +468,3 @@ class OnlineMoEMethodBase:
     def _parameter_names(self, layer: nn.Module) -> list[str]:
         ours = ("w13_codes", "w13_scale", "w2_codes", "w2_scale", "w13_bias", "w2_bias")
         return [name for name in ours if name in layer._parameters]
-
-
-def parameter(layer: nn.Module, name: str) -> Tensor:
-    """A layer's parameter, past the attribute machinery of modules: this runs for every token."""
-    found = layer._parameters[name]
-    assert found is not None, name
-    return found
-
-
-def finite_scales(layer: nn.Module) -> Tensor:
-    """Whether a GPU met only what `check_finite` accepts in what it quantized into a layer: bool
-    [], there."""
-    own = dict(layer.named_parameters(recurse=False))
-    scales = {name: scale for name, scale in own.items() if name.endswith("_scale")}
-    highest = [  # NaN, if there is one
-        scale.amax() * QMAX[own[name.replace("_scale", "_codes")].dtype]
-        for name, scale in scales.items()
-        if scale.numel()
-    ]
-    # A scale is rounded, and times qmax once more
-    most = LARGEST * (1 + 2**-22)
-    return (torch.stack(highest) <= most).all() if highest else torch.tensor(True)
-
-
-def check_scale(scale: Tensor, name: str) -> None:
-    """Scales are positive and finite; others are damage, and would be wrong numbers later."""
-    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-        raise CheckpointError(
-            f"{name}: holds zeros, negative or non-finite numbers",
-            hint="the saved checkpoint is damaged; quantize the original again",
-        )
-
-
-def align(codes: Tensor) -> None:
-    """Move codes to where vector loads are fast: in a mapped file they can start at any byte."""
-    if codes.device.type == "cpu" and codes.data_ptr() % _ALIGNMENT:
-        codes.data = codes.data.clone()
-
-
-def check_weight_dtype(weight: Tensor, name: str) -> None:
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise CheckpointError(
-            f"{name}: dtype {weight.dtype}, expected bfloat16, float16 or float32",
-            hint="moeq quantizes unquantized checkpoints",
-        )
-
-
-def register_meta(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    meta = torch.empty(shape, dtype=dtype, device="meta")
-    layer.register_parameter(name, nn.Parameter(meta, requires_grad=False))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from moeq import ops
 from moeq.errors import CheckpointError
 from moeq.experts import scale_shape
-from moeq.methods.base import align, check_scale, check_weight_dtype, parameter, register_meta
 from moeq.methods.matrices import Place, Storage, quantize_matrices
+from moeq.methods.parameters import align, check_scale, check_weight_dtype, parameter, register_meta
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
