@@ -251,3 +251,9 @@ def test_quant_method_makes_our_quantizer_known_to_transformers() -> None:
     assert Config("fp8_per_block").quant_method == "moeq"
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["moeq"] is Config
     assert AUTO_QUANTIZER_MAPPING["moeq"].__name__ == "MoeqHfQuantizer"
+
+
+@pytest.mark.parametrize("strict", ["no", 0, None])
+def test_strict_is_a_bool(strict: Any) -> None:
+    with pytest.raises(ConfigError, match="strict is true or false"):
+        OnlineQuantizationConfig("fp8_per_channel", strict=strict)

@@ -88,6 +88,8 @@ class OnlineQuantizationConfig:
             raise ConfigError(f"ignore is a list of patterns, found {ignore!r}")
         if targets is not None and not isinstance(targets, Mapping):
             raise ConfigError(f"targets map patterns to schemes, found {targets!r}")
+        if not isinstance(strict, bool):
+            raise ConfigError(f"strict is true or false, found {strict!r}")
         self.ignore = tuple(ignore)
         self.backend = backend
         self.strict = strict

@@ -7,10 +7,13 @@ import socket
 import sys
 from pathlib import Path
 
+import openai
 import pytest
+from click.testing import CliRunner
 from tests.cli.test_cli import moeq, refused
-from tests.serving import check_answers, check_end, serving, with_template
+from tests.serving import check_answers, check_end, free_port, serving, with_template
 
+from moeq.cli.serve import serve
 from moeq.embedded import model_folder
 from moeq.engines import serve as engine
 from moeq.engines.serve import Address, choose_engine
@@ -53,6 +56,7 @@ def test_help_shows_how() -> None:
             "--enforce-eager: arguments after --",
         ),
         (["--host", "no.such.host.invalid", "--api-key", "k"], "cannot listen on no.such.host"),
+        (["--host", "192.0.2.1", "--api-key", "k"], "cannot listen on 192.0.2.1 port 8000: Cannot"),
     ],
 )
 def test_it_refuses_before_it_loads(arguments: list[str], says: str) -> None:
@@ -67,6 +71,29 @@ def test_a_taken_port_is_named() -> None:
         port = str(taken.getsockname()[1])
         done = moeq("serve", str(model_folder()), "-q", INT8, "--port", port)
     refused(done, f"cannot listen on 127.0.0.1 port {port}: Address already in use", "--port")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_no_scheme_for_an_unquantized_model(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM would serve it as it is."""
+    monkeypatch.setattr("moeq.engines.serve.has_package", lambda name: True)
+    with pytest.raises(ConfigError, match="is not quantized and no scheme is named"):
+        CliRunner().invoke(
+            serve,
+            [str(model_folder()), "--engine", engine, "--port", str(free_port())],
+            catch_exceptions=False,
+        )
+
+
+def test_a_chat_without_a_template_is_the_clients_mistake() -> None:
+    with (
+        serving(PYTHON, model_folder(), ["-q", INT8]) as server,
+        server.client() as client,
+        pytest.raises(openai.BadRequestError, match="chat_template is not set"),
+    ):
+        client.chat.completions.create(
+            model=server.name, messages=[{"role": "user", "content": "hi"}]
+        )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.10"])

@@ -21,9 +21,10 @@ Examples:
   moeq serve ./model -q int8_per_channel --engine vllm -- --tensor-parallel-size 2
   MOEQ_API_KEY=... moeq serve ./model -q fp8_per_block --host 0.0.0.0
 \b
-What follows -- goes to vLLM as it is. Then, with the client of your choice:
+What follows -- goes to vLLM as it is. Requests call the model by the end of its
+path, here "model", or by --name:
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
-    -d '{"model": "model", "prompt": "Once"}'
+    -d '{"model": "model", "prompt": "Once", "max_tokens": 32}'
 """
 
 
@@ -79,9 +80,15 @@ def serve(
         )
     if chosen == "vllm" and cache:
         raise ConfigError("--cache: vLLM has no cache of quantized models")
+    if chosen == "vllm" and config is not None and not config.strict:
+        raise ConfigError("--no-strict: vLLM has rules of its own for tensors without a place")
     quiet_transformers()
     folder = resolve_model(model)
-    check_folder(folder)
+    entries = check_folder(folder)
+    if config is None and "quantization_config" not in entries:
+        raise ConfigError(
+            f"{folder} is not quantized and no scheme is named", hint="add --quantization NAME"
+        )
     name = name or Path(model).resolve().name
     if chosen == "transformers":
         _serve_transformers(folder, config, device, name, address, cache)

@@ -7,6 +7,7 @@ end: within two seconds of Ctrl-C or SIGTERM, whatever they are at.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import ipaddress
 import json
@@ -73,9 +74,11 @@ class Address:
             with socket.create_server((self.host, self.port), family=_family(self.host)):
                 pass
         except OSError as error:
+            is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            why = error.strerror if is_host else os.strerror(error.errno or 0)
             raise ConfigError(
-                f"cannot listen on {self.host} port {self.port}: {error.strerror or error}",
-                hint="choose another with --port",
+                f"cannot listen on {self.host} port {self.port}: {why}",
+                hint=f"choose another with --{'host' if is_host else 'port'}",
             ) from None
 
 
@@ -120,6 +123,7 @@ def serve_transformers(
     Raises:
         BackendError: the server did not start.
     """
+    from starlette.exceptions import HTTPException
     from transformers.cli import serve
     from transformers.cli.serving import model_manager, server
 
@@ -131,6 +135,10 @@ def serve_transformers(
 
         def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
             return tokenizer
+
+        @staticmethod
+        def process_model_name(model_id: str) -> str:
+            return model_id  # answers name the model as requests do
 
         def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
             return [{"id": name, "object": "model", "created": 0, "owned_by": "moeq"}]
@@ -144,6 +152,8 @@ def serve_transformers(
         app.router.routes[:] = [
             r for r in app.router.routes if getattr(r, "path", "") not in closed
         ]
+        app.add_exception_handler(HTTPException, _refusal)
+        app.add_exception_handler(ValueError, _refusal)  # such as a chat without a template
         if address.api_key is not None:
             app.add_middleware(_Key, key=address.api_key)
         return app
@@ -176,6 +186,15 @@ def serve_transformers(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a model that still writes an answer would keep the process
+
+
+async def _refusal(request: Any, error: Any) -> Any:
+    """An error in the form that OpenAI's clients show."""
+    from starlette.responses import JSONResponse
+
+    status = getattr(error, "status_code", 400)
+    message = str(getattr(error, "detail", error))
+    return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
 
 
 class _Key:
@@ -218,11 +237,13 @@ def serve_vllm(
     Returns:
         Its exit status, 0 where it was told to end.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    # By its module: the command `vllm` is missing in builds for CPUs, which warns that it is old
+    command = [sys.executable, "-W", "ignore::DeprecationWarning"]
+    command += ["-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--served-model-name", name]
     command += ["--host", address.host, "--port", str(address.port)]
     if config is not None:
-        text = json.dumps(config.to_dict() | {"backend": config.backend, "strict": config.strict})
+        text = json.dumps(config.to_dict() | {"backend": config.backend})
         overrides = json.dumps({"quantization_config_dict_json": text})
         command += ["--quantization", "moeq", "--hf-overrides", overrides]
     environment = dict(os.environ)
