@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import moeq
+from moeq import OnlineQuantizationConfig
 from moeq.embedded import held_out_text, model_folder
 from moeq.schemes import OnlineQuantScheme
 from tests.vllm_engine.conftest import Job
@@ -312,6 +313,55 @@ def test_a_head_that_is_never_quantized_may_be_ignored(one: dict[str, Any]) -> N
 def test_the_router_is_never_quantized(one: dict[str, Any]) -> None:
     for scheme in SCHEMES:
         assert not [name for name in one[scheme]["digests"][0] if ".gate." in name]
+
+
+@pytest.fixture(scope="session")
+def gpt_oss(vllm_job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Experts with biases in one tensor, whose gate is clamped and alternates with up: stored and
+    loaded in a way of the model's own."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    small = GptOssConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, num_local_experts=8, num_experts_per_tok=2,
+        intermediate_size=192, max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = GptOssForCausalLM(small)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.08)
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    prompts = [[i * 37 % 500 for i in range(start, start + 60)] for start in (1, 100)]
+    runs: dict[str, dict[str, Any]] = {"bf16": {"quantization": None}}
+    runs |= {s: {"quantization": f"moeq_{s}"} | config(linear="none") for s in GPT_OSS_SCHEMES}
+    runs[INT8] = {"quantization": f"moeq_{INT8}"}
+    found = vllm_job(folder, prompts, {name: EAGER | run for name, run in runs.items()})
+    return folder, found | {"prompts": prompts}
+
+
+GPT_OSS_SCHEMES = (INT8, "fp8_per_block")
+
+
+@pytest.mark.parametrize("scheme", GPT_OSS_SCHEMES)
+def test_experts_with_biases_and_a_clamped_gate(
+    gpt_oss: tuple[Path, dict[str, Any]], scheme: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, found = gpt_oss
+    assert "error" not in found[scheme], found[scheme]
+    mine = moeq.load(folder, OnlineQuantizationConfig(moe=scheme))
+    expected = {
+        name.replace(".experts.", ".experts.routed_experts."): digest(parameter.detach())
+        for name, parameter in mine.named_parameters()
+        if name.endswith(("_codes", "_scale"))
+    }
+    assert found[scheme]["digests"] == [expected]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    prompts = found["prompts"]
+    noise = distance(judged(plain, prompts), found["bf16"]["logprobs"])
+    assert distance(judged(mine, prompts), found[scheme]["logprobs"]) <= 4 * noise
 
 
 def test_random_codes_where_vllm_is_asked_for_dummies(one: dict[str, Any]) -> None:

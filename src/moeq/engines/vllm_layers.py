@@ -8,6 +8,8 @@ blocks or matrices, so that ranks share nothing but their outputs and no layer e
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +26,16 @@ from vllm.model_executor.layers.linear import (
 
 from moeq.errors import CheckpointError, ModelError
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.methods.base import OnlineMoEMethodBase, Projection
+from moeq.methods.base import Gate, OnlineMoEMethodBase, Projection
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.methods.parameters import finite_scales
 from moeq.quantize import amax
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 
 logger = init_logger("vllm.moeq")
+
+_SWIGLU_ALPHA, _SWIGLU_LIMIT = 1.702, 7.0
+"""Of vLLM's swigluoai, which takes no others."""
 
 _PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
@@ -60,6 +65,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         moe = self.moe
+        self._is_clamped = layer.activation.value == "swigluoai"
         self._check(hidden_size, intermediate_size_per_partition)
         first = moe.tp_rank * intermediate_size_per_partition
         channels = range(first, first + intermediate_size_per_partition)
@@ -75,17 +81,23 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             local_channels=channels if moe.tp_size > 1 else None,
         )
         device = torch.get_default_device()
-        self._method.select_backend(device, _activation(layer, self._name))
+        self._activation, self._gate = _activation(layer, self._name)
+        self._method.select_backend(device, self._activation)
         self._method.materialize(layer, device)
-        # What vLLM's loader looks for. They have no memory, and hand over what comes
+        self._device = device
+        experts = _local_experts(layer.expert_map)
+        self._experts = list(range(moe.num_experts)) if experts is None else experts
+        self._held = frozenset(self._experts)
+        # What vLLM's loader looks for: codes' stand-ins without memory, and biases
         for name in ("w13", "w2"):
             shape = layer.get_parameter(f"{name}_codes").shape
-            meta = torch.empty(shape, dtype=params_dtype, device="meta")
-            layer.register_parameter(f"{name}_weight", nn.Parameter(meta, requires_grad=False))
-            found = [f"{name}_weight", *([f"{name}_bias"] if moe.has_bias else [])]
-            for own in found:
+            data = {f"{name}_weight": torch.empty(shape, dtype=params_dtype, device="meta")}
+            if moe.has_bias:
+                data[f"{name}_bias"] = layer.get_parameter(f"{name}_bias").data
+            for own, tensor in data.items():
+                layer.register_parameter(own, _Arriving(tensor, requires_grad=False))
                 layer.get_parameter(own).weight_loader = _Loader(self, layer)
-        self._device = device
+                layer.get_parameter(own).hand_over = functools.partial(self.arrive_all, layer, own)
 
     def arrive(
         self, layer: RoutedExperts, expert: int, shard: str, tensor: Tensor, name: str
@@ -106,8 +118,28 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._method.load_bias(layer, expert, projection, tensor.to(self._device), what)
         else:
             self._method.load_expert(layer, expert, projection, tensor, what)
-        local = layer.expert_map
-        return local is None or int(local[expert]) >= 0
+        return expert in self._held
+
+    def arrive_all(self, layer: RoutedExperts, name: str, tensor: Tensor) -> None:
+        """All experts that are held here, [E, ...] in the order of their slots, as models with
+        vLLM's swigluoai have them: rows of gate and up alternate."""
+        if not self._is_clamped:
+            raise ModelError(
+                f"{self._name}.{name}: this model copies its experts itself, in an order that"
+                " moeq's plugin does not know",
+                hint="run the model in moeq's transformers engine",
+            )
+        rows = tensor.flatten(2) if tensor.ndim > 2 else tensor
+        if len(rows) != len(self._experts):
+            raise CheckpointError(
+                f"{self._name}.{name}: {len(rows)} experts, expected {len(self._experts)}"
+            )
+        for expert, whole in zip(self._experts, rows):
+            if name.startswith("w2_"):
+                self.arrive(layer, expert, "w2", whole, name)
+            else:
+                self.arrive(layer, expert, "w1", whole[0::2], name)
+                self.arrive(layer, expert, "w3", whole[1::2], name)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         if self._is_loaded:
@@ -118,7 +150,12 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._method.check_arrived(self._name)
         if not bool(finite_scales(layer)):
             raise CheckpointError(f"{self._name}: NaN or Inf among the weights of its experts")
-        self._method.process_weights_after_loading(layer, activation=_activation(layer, self._name))
+        for name in ("w13_bias", "w2_bias") if self.moe.has_bias else ():
+            plain = nn.Parameter(layer.get_parameter(name).data, requires_grad=False)
+            layer.register_parameter(name, plain)  # for compilers
+        self._method.process_weights_after_loading(
+            layer, activation=self._activation, gate=self._gate
+        )
         self._is_loaded = True
         choice = self._method.choice
         assert choice is not None
@@ -155,8 +192,14 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             moe.intermediate_size_per_partition_unpadded or intermediate_size
         ):
             reason = f"its intermediate size is padded to {intermediate_size}"
-        elif moe.swiglu_limit is not None or moe.swiglu_alpha is not None:
-            reason = "its gate is clamped"
+        elif any(
+            given not in (None, default)
+            for given, default in (
+                (moe.swiglu_limit, _SWIGLU_LIMIT if self._is_clamped else None),
+                (moe.swiglu_alpha, _SWIGLU_ALPHA if self._is_clamped else None),
+            )
+        ):
+            reason = "its gate is clamped in a way of its own"
         elif moe.is_lora_enabled:
             reason = "LoRA is enabled"
         if reason:
@@ -164,6 +207,16 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 f"{self._name}: {reason}, which moeq's plugin does not do",
                 hint=f"leave the layer to vLLM: ignore=[{self._name!r}]",
             )
+
+
+class _Arriving(nn.Parameter):
+    """A parameter into which a model of vLLM may copy all experts itself."""
+
+    hand_over: Callable[[Tensor], None]
+
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> _Arriving:
+        self.hand_over(other)
+        return self
 
 
 class _Loader:
@@ -294,15 +347,23 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return mine
 
 
-def _activation(layer: RoutedExperts, name: str) -> str:
-    """A name in `ACTIVATIONS`.
+def _clamped_swiglu(h13: Tensor) -> Tensor:
+    """gpt-oss's gate: [S, 2 * I], gate then up -> [S, I]; vLLM calls it swigluoai."""
+    gate, up = h13.chunk(2, dim=-1)
+    gate = gate.clamp(max=_SWIGLU_LIMIT)
+    up = up.clamp(min=-_SWIGLU_LIMIT, max=_SWIGLU_LIMIT)
+    return (up + 1) * gate * torch.sigmoid(gate * _SWIGLU_ALPHA)
+
+
+def _activation(layer: RoutedExperts, name: str) -> tuple[str | None, Gate | None]:
+    """A name in `ACTIVATIONS`, or a gate.
 
     Raises:
-        ModelError: vLLM's has none.
+        ModelError: vLLM's is neither.
     """
     value: str = layer.activation.value
     ours = value.removesuffix("_no_mul")
-    reason = "" if ours in ACTIVATIONS else f"its activation is {value}"
+    reason = "" if ours in (*ACTIVATIONS, "swigluoai") else f"its activation is {value}"
     if layer.apply_router_weight_on_input:
         reason = "the router's weights apply to its input"
     if reason:
@@ -311,7 +372,7 @@ def _activation(layer: RoutedExperts, name: str) -> str:
             hint="run the model in moeq's transformers engine, or leave the layer to vLLM:"
             f" ignore=[{name!r}]",
         )
-    return ours
+    return (None, _clamped_swiglu) if ours == "swigluoai" else (ours, None)
 
 
 def _local_experts(expert_map: Tensor | None) -> list[int] | None:
