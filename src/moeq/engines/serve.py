@@ -111,7 +111,7 @@ def choose_engine(asked: str, device: str) -> Engine:
 def serve_transformers(
     model: Any, tokenizer: Any, name: str, address: Address, on_ready: Callable[[], None]
 ) -> None:
-    """Serve a loaded model until a signal comes.
+    """Serve a loaded model until a signal comes; then end the process, whatever still runs in it.
 
     Args:
         model: that moeq loaded.
