@@ -69,6 +69,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._check(hidden_size, intermediate_size_per_partition)
         first = moe.tp_rank * intermediate_size_per_partition
         channels = range(first, first + intermediate_size_per_partition)
+        local = _local_experts(layer.expert_map)
         self._method.create_weights(
             layer,
             num_experts=moe.num_experts,
@@ -77,7 +78,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             is_gated=moe.is_act_and_mul,
             has_bias=moe.has_bias,
             dtype=params_dtype,
-            local_experts=_local_experts(layer.expert_map),
+            local_experts=local,
             local_channels=channels if moe.tp_size > 1 else None,
         )
         device = torch.get_default_device()
@@ -85,9 +86,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._method.select_backend(device, self._activation)
         self._method.materialize(layer, device)
         self._device = device
-        experts = _local_experts(layer.expert_map)
-        self._experts = list(range(moe.num_experts)) if experts is None else experts
-        self._held = frozenset(self._experts)
+        # By global id, in the order of slots; a dictionary, because every tensor asks
+        self._experts = dict.fromkeys(range(moe.num_experts) if local is None else local)
         # What vLLM's loader looks for: codes' stand-ins without memory, and biases
         for name in ("w13", "w2"):
             shape = layer.get_parameter(f"{name}_codes").shape
@@ -118,7 +118,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._method.load_bias(layer, expert, projection, tensor.to(self._device), what)
         else:
             self._method.load_expert(layer, expert, projection, tensor, what)
-        return expert in self._held
+        return expert in self._experts
 
     def arrive_all(self, layer: RoutedExperts, name: str, tensor: Tensor) -> None:
         """All experts that are held here, [E, ...] in the order of their slots, as models with
@@ -129,12 +129,11 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 " moeq's plugin does not know",
                 hint="run the model in moeq's transformers engine",
             )
-        rows = tensor.flatten(2) if tensor.ndim > 2 else tensor
-        if len(rows) != len(self._experts):
+        if len(tensor) != len(self._experts):
             raise CheckpointError(
-                f"{self._name}.{name}: {len(rows)} experts, expected {len(self._experts)}"
+                f"{self._name}.{name}: {len(tensor)} experts, expected {len(self._experts)}"
             )
-        for expert, whole in zip(self._experts, rows):
+        for expert, whole in zip(self._experts, tensor):
             if name.startswith("w2_"):
                 self.arrive(layer, expert, "w2", whole, name)
             else:
@@ -266,7 +265,7 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, name: str, scheme: OnlineQuantScheme, backend: str | None) -> None:
         self._name = name
         self._grain = scheme.granularity
-        if scheme is OnlineQuantScheme.FP8_PER_TENSOR:
+        if self._grain is Granularity.TENSOR:
             scheme = OnlineQuantScheme.FP8_PER_CHANNEL
         self._method = OnlineLinearMethod(scheme, backend=backend)
         self._plain = UnquantizedLinearMethod()
