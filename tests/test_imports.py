@@ -167,6 +167,7 @@ def test_these_are_the_public_names() -> None:
         "MoeqError",
         "OnlineQuantScheme",
         "OnlineQuantizationConfig",
+        "evaluate",
         "load",
         "refresh",
         "register",

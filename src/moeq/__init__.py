@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
     from moeq.engines import register
+    from moeq.engines.evaluate import evaluate
     from moeq.engines.load import load, report_of
     from moeq.engines.refresh import refresh
     from moeq.engines.save import save
@@ -26,6 +27,7 @@ _HOMES = {
     "MoeqError": "moeq.errors",
     "OnlineQuantScheme": "moeq.schemes",
     "OnlineQuantizationConfig": "moeq.config",
+    "evaluate": "moeq.engines.evaluate",
     "load": "moeq.engines.load",
     "refresh": "moeq.engines.refresh",
     "register": "moeq.engines",
@@ -38,6 +40,7 @@ __all__ = [
     "MoeqError",
     "OnlineQuantScheme",
     "OnlineQuantizationConfig",
+    "evaluate",
     "load",
     "refresh",
     "register",

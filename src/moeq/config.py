@@ -19,6 +19,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from moeq.errors import ConfigError, PatternError
@@ -234,7 +235,17 @@ class OnlineQuantizationConfig:
 
     @classmethod
     def from_json(cls, text: str) -> OnlineQuantizationConfig:
-        """From a JSON object, or a scheme's bare name."""
+        """From a JSON object, a scheme's bare name, or the path of a .json file that holds either.
+
+        Raises:
+            ConfigError: the file cannot be read, or is not JSON.
+        """
+        if text.strip().endswith(".json"):
+            path = Path(text.strip())
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path}: not a quantization config ({error!r})") from None
         if not text.lstrip().startswith("{"):
             return cls(text.strip())
         try:

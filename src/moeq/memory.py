@@ -115,6 +115,51 @@ def _watch(memory: weakref.ref[PeakMemory]) -> None:
         time.sleep(_SAMPLE_EVERY_SECONDS)
 
 
+class Timeline:
+    """Memory over time while it is entered: anonymous, or PyTorch's on a CUDA device.
+
+    Attributes:
+        samples: (seconds since it was entered, bytes beyond what there was then); none where the
+            system does not say. Some hundreds, however long it takes.
+    """
+
+    _MOST = 400
+
+    def __init__(self, device: torch.device) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self._device = device if device.type == "cuda" else None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Timeline:
+        self._first, self._started = self._bytes(), time.perf_counter()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _bytes(self) -> int | None:
+        if self._device is not None:
+            return torch.cuda.memory_allocated(self._device)
+        return anonymous_bytes()
+
+    def _sample(self) -> None:
+        now = self._bytes()
+        if now is not None and self._first is not None:
+            self.samples.append((time.perf_counter() - self._started, now - self._first))
+
+    def _watch(self) -> None:
+        every = _SAMPLE_EVERY_SECONDS
+        while not self._stop.wait(every):
+            self._sample()
+            if len(self.samples) > self._MOST:
+                self.samples = self.samples[::2]
+                every *= 2
+
+
 def anonymous_bytes() -> int | None:
     """Anonymous resident memory of this process, or None where the system does not say."""
     try:

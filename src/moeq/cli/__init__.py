@@ -17,6 +17,7 @@ from moeq import __version__
 from moeq.cli.backends import backends
 from moeq.cli.cache import cache
 from moeq.cli.demo import demo
+from moeq.cli.eval import evaluate
 from moeq.cli.generate import generate
 from moeq.cli.plan import plan
 from moeq.cli.quantize import quantize
@@ -33,7 +34,7 @@ def cli() -> None:
     """Quantize Mixture-of-Experts models while they load."""
 
 
-for _command in (demo, plan, generate, serve, quantize, cache, backends):
+for _command in (demo, plan, evaluate, generate, serve, quantize, cache, backends):
     cli.add_command(_command)
 
 

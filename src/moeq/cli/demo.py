@@ -57,7 +57,7 @@ def measure(name: str, tokens: int) -> dict[str, Any]:
     """
     import torch
 
-    from moeq.cli.generate import quiet_transformers
+    from moeq.cli.schemes import quiet_transformers
     from moeq.embedded import PROMPT, held_out_text, model_folder
     from moeq.engines.load import load_tokenizer
     from moeq.fidelity import perplexity

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from moeq.cli.schemes import quiet_transformers, scheme_options
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
@@ -30,45 +30,6 @@ Schemes:
   int8_per_channel_weight_only, int8_per_channel,
   fp8_per_channel, fp8_per_tensor, fp8_per_block
 """
-
-
-def scheme_options(
-    quantization: str = "A scheme for every kind of layer that it covers.",
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options that choose schemes, for any command, which gets them as one argument `config`:
-    an `OnlineQuantizationConfig`, or None where none was given.
-
-    Args:
-        quantization: what --quantization means there.
-    """
-    options = (
-        click.option("--quantization", "-q", help=quantization),
-        click.option("--moe", help='A scheme for experts, or "none".'),
-        click.option("--linear", help='A scheme for linear layers, or "none".'),
-        click.option("--ignore", multiple=True, help="Leave layers alone: name, glob or re:regex."),
-        click.option(
-            "--targets", multiple=True, metavar="PATTERN=SCHEME", help="Only these layers."
-        ),
-        click.option(
-            "--no-strict",
-            is_flag=True,
-            help="Drop tensors that the model has no place for, and list them.",
-        ),
-    )
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        names = ("quantization", "moe", "linear", "ignore", "targets", "no_strict")
-
-        @functools.wraps(command)
-        def with_config(**arguments: Any) -> Any:
-            chosen = {name: arguments.pop(name) for name in names}
-            return command(config=_config_of(**chosen), **arguments)
-
-        for option in reversed(options):
-            with_config = option(with_config)
-        return with_config
-
-    return add
 
 
 @click.command(epilog=_EPILOG)
@@ -106,33 +67,6 @@ def generate(
     )
     if as_json:
         click.echo(json.dumps(result, indent=2))
-
-
-def _config_of(
-    quantization: str | None,
-    moe: str | None,
-    linear: str | None,
-    ignore: tuple[str, ...],
-    targets: tuple[str, ...],
-    no_strict: bool,
-) -> OnlineQuantizationConfig | None:
-    from moeq.config import OnlineQuantizationConfig
-    from moeq.errors import ConfigError
-
-    pairs = {}
-    for target in targets:
-        pattern, sign, scheme = target.rpartition("=")
-        if not sign or not pattern:
-            raise ConfigError(f"target {target!r} has no =SCHEME", hint="expected PATTERN=SCHEME")
-        pairs[pattern] = scheme
-    if not (quantization or moe or linear or pairs):
-        for name, given in (("--ignore", ignore), ("--no-strict", no_strict)):
-            if given:
-                raise ConfigError(f"{name} without a scheme", hint="add --quantization NAME")
-        return None
-    return OnlineQuantizationConfig(
-        quantization, moe=moe, linear=linear, ignore=ignore, targets=pairs, strict=not no_strict
-    )
 
 
 def _generate(
@@ -205,10 +139,3 @@ def _generate(
         "seconds": seconds,
         "load": report.to_dict(),
     }
-
-
-def quiet_transformers() -> None:
-    """We show one bar of our own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

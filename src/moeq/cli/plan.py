@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeq.cli.generate import quiet_transformers, scheme_options
+from moeq.cli.schemes import configs_of, quiet_transformers, refinement_options
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
+    from moeq.engines.choose import Mixture
 
 _EPILOG = """\b
 Examples:
   moeq plan Qwen/Qwen3-30B-A3B
   moeq plan ./model -q fp8_per_block --context 32768
   moeq plan ./model --memory 24GiB --json
+  moeq plan ./model --memory 24GiB --quantization auto --out mixture.json
+  moeq generate ./model -q mixture.json --prompt Once
 """
+
+_AUTO = "auto"
+
+_TEXT_TOKENS = 4096
+"""Enough to judge single layers by: their errors vary little from text to text."""
 
 _UNITS = {"B": 1} | {
     f"{letter}{suffix}": base**power
@@ -40,7 +49,13 @@ def parse_size(context: Any, option: Any, value: str | None) -> int | None:
 
 @click.command(epilog=_EPILOG)
 @click.argument("model")
-@scheme_options("One scheme; all of them where absent.")
+@click.option(
+    "--quantization",
+    "-q",
+    help="Schemes, or configs in FILE.json, with commas between; all schemes where absent. auto"
+    " reads the weights and chooses a scheme for every layer.",
+)
+@refinement_options
 @click.option(
     "--context",
     type=click.IntRange(1),
@@ -54,31 +69,104 @@ def parse_size(context: Any, option: Any, value: str | None) -> int | None:
     callback=parse_size,
     help="Fit into this much, such as 24GiB, on whatever GPU that is.",
 )
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="With auto: judge schemes by what layers make of this text, and not by weights alone.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="With auto: write the config, which every command takes as --quantization.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
-    config: OnlineQuantizationConfig | None,
+    quantization: str | None,
     context: int,
     memory: int | None,
+    text: Path | None,
+    out: Path | None,
     as_json: bool,
+    **refinements: Any,
 ) -> None:
     """Say what MODEL takes under a scheme, or under each: bytes, memory, time, and whether it fits.
 
     Reads config.json and the headers of the weights; of a model on the Hugging Face hub nothing
-    else is downloaded.
+    else is downloaded, unless schemes are to be chosen by themselves.
     """
-    from moeq.config import OnlineQuantizationConfig
-    from moeq.schemes import OnlineQuantScheme
+    from moeq.errors import ConfigError
 
-    configs = {scheme.value: OnlineQuantizationConfig(scheme) for scheme in OnlineQuantScheme}
-    if config is not None:
-        names = [name for name, shorthand in configs.items() if shorthand == config]
-        configs = {names[0] if names else "as asked": config}
+    is_auto = quantization == _AUTO
+    configs = configs_of(quantization=None if is_auto else quantization, **refinements)
+    chosen = None
+    if is_auto:
+        chosen = choose_schemes(model, configs, context, memory, text, out)
+        configs = {_AUTO: chosen.config}
+    elif text is not None or out is not None:
+        raise ConfigError("--text and --out are for --quantization auto")
     result = make_plan(model, configs, context, memory)
+    if chosen is not None:
+        result["chosen"] = {
+            "quantization": chosen.config.to_dict(),
+            "error": chosen.error,
+            "judged_by": "weights" if text is None else text.name,
+            "layers": {
+                name: {
+                    "scheme": None if option.scheme is None else option.scheme.value,
+                    "bytes": option.nbytes,
+                    "error": option.error,
+                }
+                for name, option in chosen.choice.items()
+            },
+        }
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         _print(result)
+
+
+def choose_schemes(
+    model: str,
+    configs: dict[str, OnlineQuantizationConfig],
+    context: int,
+    memory: int | None,
+    text: Path | None,
+    out: Path | None,
+) -> Mixture:
+    """What `auto` stands for, written to `out`."""
+    import torch
+
+    from moeq.checkpoint.hub import resolve_model
+    from moeq.cli.output import check_writable, write_text
+    from moeq.cli.progress import bytes_bar
+    from moeq.cli.text import ids_of
+    from moeq.engines.choose import choose_mixture, output_errors, weight_errors
+
+    quiet_transformers()
+    if out is not None:
+        check_writable(out, "--out")
+    folder = resolve_model(model)
+    place = budgets(memory)[-1]
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with bytes_bar(f"measuring {folder.name}") as progress:
+        if text is None:
+            errors = weight_errors(folder, configs, here, progress)
+        else:
+            _, ids = ids_of(folder, text, _TEXT_TOKENS)
+            errors = output_errors(folder, configs, ids, here, progress)
+    chosen = choose_mixture(
+        folder,
+        configs,
+        errors,
+        memory=place["bytes"],
+        context=context,
+        device=torch.device(place["kind"]),
+    )
+    if out is not None:
+        write_text(out, json.dumps(chosen.config.to_dict(), indent=2) + "\n")
+    return chosen
 
 
 def make_plan(
@@ -228,7 +316,21 @@ def _print(result: dict[str, Any]) -> None:
         lines.append(f"reading: {seconds:.1f} s at {rate / 1e9:.2f} GB/s, as just measured")
     for place, row in zip(result["places"], result["advice"], strict=True):
         lines.append(f"{place['name']}, {size(place['bytes'])} free: {row['advice']}")
+    lines += _about_the_choice(result.get("chosen"))
     coverage = min(entry["coverage"] for entry in result["schemes"])
     lines.append(f"{coverage:.0%} of expert weights would be quantized")
     for line in lines:
         console.print(line, highlight=False, markup=False)
+
+
+def _about_the_choice(chosen: dict[str, Any] | None) -> list[str]:
+    if chosen is None:
+        return []
+    by_scheme: dict[str, list[str]] = {}
+    for name, layer in chosen["layers"].items():
+        by_scheme.setdefault(layer["scheme"] or "as it is", []).append(name)
+    lines = [f"chosen by {chosen['judged_by']}, least error {chosen['error']:.4f}:"]
+    for scheme, names in by_scheme.items():
+        more = f" + {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"  {scheme}: {names[0]}{more}")
+    return lines

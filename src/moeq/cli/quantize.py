@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from moeq.cli.generate import quiet_transformers, scheme_options
+from moeq.cli.schemes import quiet_transformers, scheme_options
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moeq.cli.generate import quiet_transformers, scheme_options
+from moeq.cli.schemes import quiet_transformers, scheme_options
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig

@@ -117,7 +117,7 @@ class LayerStream:
         self.tensors: dict[str, Tensor] = {}
         sources = {plan.shape.name: plan.sources for plan in decision.routes.plans}
         self._modules = {target.shape.name: target.module for target in self._targets}
-        self._pieces = [p for t in self._targets for p in _quantized(t, sources[t.shape.name])]
+        self._pieces = [p for t in self._targets for p in pieces_of(t, sources[t.shape.name])]
         self._pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
         total = sum(piece.nbytes for piece in self._pieces)
         on_gpu = device.type == "cuda"
@@ -310,7 +310,7 @@ def where(source: Source) -> str:
     return f"{source.spec.file.name}: {source.spec.name}"
 
 
-def _quantized(target: Target, sources: tuple[Source, ...]) -> list[Piece]:
+def pieces_of(target: Target, sources: tuple[Source, ...]) -> list[Piece]:
     pieces, shape = [], target.shape
     for source in sources:
         found = []
