@@ -22,9 +22,11 @@ from moeq.fidelity.words import (
     agreement,
     change,
     day,
+    interval,
     number,
     percent,
     perplexity,
+    round_percent,
     share_of_bytes,
     text,
 )
@@ -36,6 +38,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _OUTLIERS = 24
 """More are in the data."""
+
+_UNSET: tuple[Any, ...] = (None, [], {})
 
 _TIMELINE = 400
 """Points of a load that a figure shows."""
@@ -99,7 +103,7 @@ def _verdicts(result: Result) -> str:
         if same := scheme.get("top1_agreement"):
             parts.append(f"{agreement(same['value'])} of next tokens the same")
         if ratio := scheme.get("perplexity_ratio"):
-            parts.append(f"perplexity {change(ratio['value'])}")
+            parts.append(f"perplexity\u00a0{change(ratio['value'])}")
         covered = scheme.get("coverage", 1.0)
         if covered < 1:
             parts.append(f"only {agreement(covered)} of expert weights are quantized")
@@ -116,13 +120,13 @@ _COLUMNS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("Size", "experts", "expert_bytes", size),
     ("KL divergence from bf16, nats", "mean", "kl.mean", number),
     ("KL divergence from bf16, nats", "median", "kl.median", number),
-    ("KL divergence from bf16, nats", "99 %", "kl.p99", number),
+    ("KL divergence from bf16, nats", "p99", "kl.p99", number),
     ("KL divergence from bf16, nats", "max", "kl.max", number),
     ("Same choice as bf16", "next token", "top1_agreement", agreement),
     ("Same choice as bf16", "experts", "router_agreement", agreement),
     ("Perplexity", "value", "perplexity", perplexity),
     ("Perplexity", "change", "perplexity_ratio", change),
-    ("Speed", "tokens/s", "tokens_per_second", number),
+    ("", "tokens/s", "tokens_per_second", number),
 )
 
 
@@ -135,7 +139,9 @@ def _summary(result: Result) -> str:
     columns = [c for c in _COLUMNS if any(_dig(row, c[2]) is not None for _, row, _ in rows)]
     groups = Counter(group for group, *_ in columns)
     head = "".join(
-        f'<th class="n" colspan="{n}" scope="colgroup"><span>{text(group)}</span></th>'
+        f'<th colspan="{n}" scope="colgroup"><span>{text(group)}</span></th>'
+        if group
+        else "<th></th>"
         for group, n in groups.items()
     )
     names = "".join(f'<th class="n" scope="col">{text(name)}</th>' for _, name, *_ in columns)
@@ -148,13 +154,13 @@ def _summary(result: Result) -> str:
         '<h2>Summary</h2>\n<div class="wide"><table id="summary">\n'
         f'<thead><tr class="group"><th></th>{head}</tr>\n<tr><th scope="col">Scheme</th>{names}'
         f"</tr></thead>\n<tbody>\n{''.join(body)}</tbody></table></div>\n"
-        '<p class="caption"><b>Table 1.</b> Bytes, and below them their share of bf16. All other'
-        " small print is a 95 % bootstrap interval. KL divergence is between the distributions of"
-        f" the next token, over {result['text']['scored']:,} positions; 99 % of them are below the"
-        " third column. Choices of experts are those that routers make, perplexity is of the text."
+        '<p class="caption"><b>Table 1.</b> Small print is the share of bf16’s bytes, and elsewhere'
+        " a 95 % bootstrap interval. KL divergence is that of the next token’s distribution from"
+        f" bf16’s, over {result['text']['scored']:,} positions. Same choice: how often the most"
+        " likely next token is bf16’s, and how many of the experts that routers choose are."
         + (
-            " The noise floor is what bf16 differs from itself by when only the order of its"
-            " arithmetic changes: no scheme can be told from bf16 below it.</p>\n"
+            " The noise floor is bf16 against itself, computed in another order: below it, no"
+            " scheme can be told from bf16.</p>\n"
             if floor
             else "</p>\n"
         )
@@ -170,7 +176,7 @@ def _cell(row: Result, path: str, write: Callable[[Any], str], reference: Result
         return (
             f'<td class="n" data-value="{value["value"]!r}" data-low="{low!r}"'
             f' data-high="{high!r}">{write(value["value"])}'
-            f"<small>{_interval(low, high, write)}</small></td>"
+            f"<small>{interval(low, high, write)}</small></td>"
         )
     below = ""
     if path.endswith("bytes") and row is not reference and reference.get(path):
@@ -179,33 +185,24 @@ def _cell(row: Result, path: str, write: Callable[[Any], str], reference: Result
     return f'<td class="n" data-value="{value!r}">{write(value)}{below}</td>'
 
 
-def _interval(low: float, high: float, write: Callable[[Any], str]) -> str:
-    """'0.000310–0.000520', with 'to' where a sign could be taken for the dash."""
-    first, second = write(low), write(high)
-    signed = "−" in first + second or "+" in first + second
-    if first.endswith(" %"):
-        first = first.removesuffix(" %")
-    return f"{first} to {second}" if signed else f"{first}–{second}"
-
-
 def _cost(result: Result) -> str:
     schemes = [s for s in result["schemes"] if s.get("kl")]
     if not schemes:
         return ""
-    points = [_point(s["bytes"], s["kl"]["mean"]) for s in schemes]
+    points = [_point(s["scheme"], s["bytes"], s["kl"]["mean"]) for s in schemes]
     floor = _dig(result, "noise_floor.kl.mean")
     figure = charts.cost_figure(
         points,
-        floor=_point(result["reference"]["bytes"], floor) if floor else None,
+        floor=_point("bf16", result["reference"]["bytes"], floor) if floor else None,
         write_x=_round_size,
         x_title="weights",
         y_title="mean KL divergence, nats",
     )
     return (
-        f'<h2>Size against fidelity</h2>\n<figure><div class="panels">{figure}'
-        f"{_keys(result)}</div>\n<figcaption><b>Figure 1.</b> Mean KL divergence from bf16 (log"
-        " scale) against the bytes of all weights; bars are 95 % intervals. Lower and further left"
-        " is better."
+        f'<h2>Size against fidelity</h2>\n<figure class="side">{figure}\n'
+        "<figcaption><b>Figure 1.</b> Mean KL divergence from bf16 (log"
+        " scale) against the bytes of all weights, with 95 % intervals. Lower and further left is"
+        " better."
         + (" The dotted line is the noise floor, shaded its interval." if floor else "")
         + "</figcaption></figure>\n"
     )
@@ -219,63 +216,70 @@ def _errors(result: Result) -> str:
         if panels:
             parts.append(
                 f'<figure><p class="small-title">{charts.key_mark(index)}{text(scheme["scheme"])}'
-                f'</p><div class="panels">{panels}</div></figure>\n'
+                f"</p>{panels}</figure>\n"
             )
     if not parts:
         return ""
-    counts = [len(layer["weight_error"]) for s in result["schemes"] for layer in s["layers"]]
+    widest = max(
+        (len(layer["weight_error"]) for s in result["schemes"] for layer in s["layers"]), default=0
+    )
     return (
         f'<h2>Error by layer</h2>\n{"".join(parts)}<p class="caption"><b>Figure 2.</b> Relative'
-        " errors: of weights, ‖dequantized − original‖ / ‖original‖; of a layer’s output, the same"
-        " of what it computes from bf16’s inputs. Each map has a scale of its own, because schemes"
-        f" differ by more than layers do.{_binning(max(counts, default=0))}</p>\n"
+        " errors, ‖quantized − bf16‖ / ‖bf16‖, of the weights of each expert and linear layer and"
+        " of what each layer puts out. Every map has a scale of its own, because schemes differ by"
+        f" more than layers do.{_binning(widest)}</p>\n"
     )
 
 
 def _expert_panels(scheme: Result) -> str:
-    layers = [layer for layer in scheme["layers"] if layer["kind"] == "moe"]
+    layers = [x for x in scheme.get("layers") or () if x["kind"] == "moe" and x["weight_error"]]
     if not layers:
         return ""
     labels = _short([layer["name"] for layer in layers])
-    return charts.heat_map(
+    weights = charts.heat_map(
         [(n, _numbers(layer["weight_error"])) for n, layer in zip(labels, layers, strict=True)],
         title="Experts: weights",
         write=percent,
-    ) + charts.bars(
+    )
+    outputs = charts.bars(
         list(zip(labels, _numbers(layer["output_error"] for layer in layers), strict=True)),
         title="Experts: output",
-        write=percent,
     )
+    return f'<div class="panels">{weights}{outputs}</div>'
 
 
 def _linear_panels(scheme: Result) -> str:
-    """Linears as a matrix: a row a block of the model, a column a projection."""
-    layers = [layer for layer in scheme["layers"] if layer["kind"] == "linear"]
+    """Linears as a matrix: a row a projection, a column a block of the model."""
+    layers = [x for x in scheme.get("layers") or () if x["kind"] == "linear" and x["weight_error"]]
     if not layers:
         return ""
     split = [_block_and_part(layer["name"]) for layer in layers]
     blocks = list(dict.fromkeys(block for block, _ in split))
-    columns = list(dict.fromkeys(part for _, part in split))
-    last = [part.rpartition(".")[2] for part in columns]
-    names = last if len(set(last)) == len(last) else columns
-    labels = _short(blocks)
+    parts = list(dict.fromkeys(part for _, part in split))
+    last = [part.rpartition(".")[2] for part in parts]
+    rows = last if len(set(last)) == len(last) else parts
+    columns = _short(blocks)
 
-    def matrix(values: Iterable[float]) -> list[tuple[str, list[float]]]:
+    def matrix(title: str, values: list[float]) -> str:
         known = dict(zip(split, values, strict=True))
-        return [
-            (label, [known.get((block, part), math.nan) for part in columns])
-            for label, block in zip(labels, blocks, strict=True)
-        ]
+        return charts.heat_map(
+            [
+                (row, [known.get((block, part), math.nan) for block in blocks])
+                for row, part in zip(rows, parts, strict=True)
+            ],
+            title=title,
+            write=percent,
+            column="layer",
+            names=columns,
+        )
 
-    weights = _numbers((layer["weight_error"] or [None])[0] for layer in layers)
-    outputs = _numbers(layer["output_error"] for layer in layers)
-    return charts.heat_map(
-        matrix(weights), title="Linears: weights", write=percent, names=names
-    ) + charts.heat_map(matrix(outputs), title="Linears: output", write=percent, names=names)
+    weights = matrix("Linears: weights", _numbers(layer["weight_error"][0] for layer in layers))
+    outputs = matrix("Linears: output", _numbers(layer["output_error"] for layer in layers))
+    return f'<div class="panels">{weights}{outputs}</div>'
 
 
 def _usage(result: Result) -> str:
-    experts = result.get("experts")
+    experts = {name: hits for name, hits in (result.get("experts") or {}).items() if hits}
     if not experts:
         return ""
     tokens = result["text"]["tokens"]
@@ -289,8 +293,8 @@ def _usage(result: Result) -> str:
     even = sum(map(sum, experts.values())) / tokens / count
     widest = max(map(len, experts.values()))
     return (
-        '<h2>Use of experts</h2>\n<figure><div class="panels">'
-        f"{charts.heat_map(rows, title='Share of tokens', write=percent)}</div>\n<figcaption>"
+        '<h2>Use of experts</h2>\n<figure class="side">'
+        f"{charts.heat_map(rows, title='Share of tokens', write=percent)}\n<figcaption>"
         "<b>Figure 3.</b> Share of the text’s tokens that the bf16 model routes to an expert;"
         f" were all used alike, each would get {percent(even)}. "
         + (
@@ -307,7 +311,7 @@ def _routers(result: Result) -> str:
     known = [
         (index, layer["name"], layer["router_agreement"])
         for index, scheme in enumerate(result["schemes"])
-        for layer in scheme["layers"]
+        for layer in scheme.get("layers") or ()
         if layer.get("router_agreement") is not None
     ]
     names = list(dict.fromkeys(name for _, name, _ in known))
@@ -319,21 +323,23 @@ def _routers(result: Result) -> str:
     for index, name, value in known:
         series[index].append((place[name], value))
     floor = _dig(result, "noise_floor.router_agreement.value")
-    least = min([value for *_, value in known] + ([floor] if floor is not None else []))
+    least = min([value for *_, value in known] + ([] if floor is None else [floor]))
     figure = charts.lines(
         series,
+        width=560,
+        height=280,
         x_title="layer",
         y_title="experts chosen as bf16 does",
         write_x=lambda x: labels[int(x)] if x == int(x) else "",
-        write_y=agreement,
+        write_y=round_percent,
         bounds=(0, len(names) - 1, least - 0.05 * (1 - least), 1.0),
         levels=[("floor", floor, "noise floor")] if floor is not None else [],
         marks=len(names) <= 32,
         label=f"Router agreement with bf16 by layer, lowest {agreement(least)}",
     )
     return (
-        f'<h2>Routers</h2>\n<figure><div class="panels">{figure}{_keys(result)}</div>\n'
-        "<figcaption><b>Figure 4.</b> How many of the experts that a router chooses are those that"
+        f'<h2>Routers</h2>\n<figure class="side">{figure}\n<figcaption>{_keys(result)}'
+        "<b>Figure 4.</b> How many of the experts that a router chooses are those that"
         " it chooses in bf16. Routers are not quantized: what differs is what reaches them."
         + (" The dotted line is the noise floor of all layers." if floor is not None else "")
         + "</figcaption></figure>\n"
@@ -347,11 +353,14 @@ def _outliers(result: Result) -> str:
     if not found:
         return "<h2>Outliers</h2>\n<p>No layer and no expert stands out.</p>\n"
     rows = []
-    for scheme, o in found[:_OUTLIERS]:
+    for place, (scheme, o) in enumerate(found[:_OUTLIERS]):
         write = agreement if "agreement" in o["what"] else percent
-        expert = "" if o.get("expert") is None else f"{o['expert']}"
+        expert = "" if o.get("expert") is None else o["expert"]
+        again = place > 0 and found[place - 1][0] == scheme
         rows.append(
-            f'<tr><th scope="row">{_breakable(scheme)}</th><td>{_breakable(o["layer"])}</td>'
+            f"<tr{'' if again or not place else ' class=first'}>"
+            f'<th scope="row">{"" if again else _breakable(scheme)}</th>'
+            f"<td>{_breakable(o['layer'])}</td>"
             f'<td class="n">{text(expert)}</td><td>{text(o["what"])}</td>'
             f'<td class="n" data-value="{o["value"]!r}">{write(o["value"])}</td>'
             f'<td class="n" data-value="{o["typical"]!r}">{write(o["typical"])}</td></tr>\n'
@@ -388,23 +397,24 @@ def _loads(result: Result) -> str:
         measured = "" if actual is None else f"peak {size(actual)}, "
         figure = charts.lines(
             [_thin(load["timeline"])],
-            width=330,
+            width=336,
+            height=230,
             x_title="seconds",
             y_title="memory",
             write_y=_round_size,
             bounds=(0.0, seconds, 0.0, top),
             levels=[
-                ("planned", load["planned_peak_bytes"], ""),
-                ("final", load["final_bytes"], ""),
+                ("planned", load["planned_peak_bytes"], "planned"),
+                ("final", load["final_bytes"], "final"),
             ],
             first=index,
             label=f"Memory over time while {scheme} loads: {measured}planned"
             f" {size(load['planned_peak_bytes'])}, final {size(load['final_bytes'])}",
         )
         panels.append(
-            f'<div><p class="small-title">{charts.key_mark(index)}{_breakable(scheme)}</p>{figure}'
-            f'<p class="small-note">{measured}{size(load["planned_peak_bytes"])} planned,'
-            f" {size(load['final_bytes'])} final; {number(load['seconds'])} s</p></div>"
+            f'<div class="load"><p class="small-title">{charts.key_mark(index)}{_breakable(scheme)}'
+            f'</p>{figure}<p class="small-note">{measured}{size(load["planned_peak_bytes"])}'
+            f" planned, {size(load['final_bytes'])} final; {number(load['seconds'])} s</p></div>"
         )
     return (
         f'<h2>Memory while loading</h2>\n<figure><div class="panels">{"".join(panels)}</div>\n'
@@ -432,7 +442,8 @@ def _kept(result: Result) -> str:
             for (name, rule), n in groups.items()
         )
         parts.append(
-            f"<details><summary>{len(kept):,} layers under {text(', '.join(schemes))}</summary>\n"
+            f"<details><summary>{len(kept):,} layer{'s' if len(kept) > 1 else ''} under"
+            f" {text(', '.join(schemes))}</summary>\n"
             '<div class="wide"><table><thead><tr><th scope="col">Layer</th>'
             '<th class="n" scope="col">How many</th><th scope="col">Why</th></tr></thead>\n'
             f"<tbody>\n{rows}</tbody></table></div></details>\n"
@@ -456,11 +467,11 @@ def _measured(result: Result) -> str:
     ]
     if peak is not None:
         entries.append(("Peak memory", size(peak)))
-    entries += [
-        (text(s["scheme"]), f"<code>{text(json.dumps(s['quantization']))}</code>")
-        for s in result["schemes"]
-        if s.get("quantization")
-    ]
+    for scheme in result["schemes"]:
+        # Defaults say nothing, and neither does a scheme that is all of its recipe
+        recipe = {k: v for k, v in (scheme.get("quantization") or {}).items() if v not in _UNSET}
+        if len(recipe) > 1:
+            entries.append((text(scheme["scheme"]), f"<code>{text(json.dumps(recipe))}</code>"))
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>\n" for name, value in entries)
     return (
         f"<h2>How this was measured</h2>\n<dl>\n{items}</dl>\n"
@@ -498,8 +509,8 @@ def _dig(row: Result, path: str) -> Any:
     return value
 
 
-def _point(nbytes: int, interval: Result) -> charts.Point:
-    return charts.Point(nbytes, interval["value"], interval["low"], interval["high"])
+def _point(name: str, nbytes: int, found: Result) -> charts.Point:
+    return charts.Point(name, nbytes, found["value"], found["low"], found["high"])
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:

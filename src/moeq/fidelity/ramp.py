@@ -6,7 +6,7 @@ Lightness is monotone along both, so that they read without colour vision and in
 from __future__ import annotations
 
 _LIGHT = ("f6f1dc", "cfe0bb", "7dbfb2", "3b8fae", "2b5c98", "1c2a5e")
-_DARK = ("1d2433", "214a78", "2b7f9e", "58b3a4", "b5d9a8", "fbf5cf")
+_DARK = ("222c40", "214a78", "2b7f9e", "58b3a4", "b5d9a8", "fbf5cf")
 
 
 def ramp_rules(steps: int) -> str:
