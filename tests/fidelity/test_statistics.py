@@ -13,7 +13,7 @@ def normal(n: int, seed: int = 0) -> np.ndarray:
 
 
 def test_covers_the_truth_about_as_often_as_it_says() -> None:
-    """95 % of 60 texts is 57; less than 50 has a probability below 1e-3, and a bootstrap over so few
+    """95 % of 60 texts is 57; fewer than 50 has a probability below 1e-3, and a bootstrap over few
     runs is a little narrow."""
     found = [interval(normal(64 * RUN, seed), np.mean) for seed in range(60)]
     hits = sum(each.low <= 1.0 <= each.high for each in found)

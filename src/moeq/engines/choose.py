@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import read_headers
+from moeq.checkpoint.headers import TensorSpec, read_headers
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.evaluate import evaluate
 from moeq.engines.hf_deferred import load_deferred, read_experts
@@ -131,18 +132,8 @@ def choose_mixture(
     empty = empty_model(folder)
     specs = read_headers(checkpoint_files(folder))
     cache = cache_bytes(empty, context) or 0
-    options: dict[str, list[Option]] = {}
-    strict = True
-    for config in configs.values():
-        strict = strict and config.strict
-        for layer in decision_for(empty, specs, config).routes.plans:
-            name, scheme = layer.shape.name, layer.scheme
-            mine = options.setdefault(name, [Option(None, layer.source_bytes, 0.0)])
-            if (name, scheme) in errors and all(o.scheme is not scheme for o in mine):
-                mine.append(Option(scheme, layer.final_bytes, errors[name, scheme]))
-    for mine in options.values():  # among equals, the one that leaves activations alone
-        mine.sort(key=lambda o: o.scheme is not None and o.scheme.quantizes_activations)
-    original = sum(layer[0].nbytes for layer in options.values())
+    options = layer_options(empty, specs, configs, errors)
+    original = sum(mine[0].nbytes for mine in options.values())
     rest = sum(spec.nbytes for spec in specs.values()) - original
     # Loading takes a window beyond the weights, which is known only once the schemes are
     spare = cache
@@ -155,15 +146,43 @@ def choose_mixture(
                 f" {size(rest + least + spare)}, there is {size(memory)}",
                 hint="more --memory, a shorter --context, or a smaller model",
             )
-        targets = {n: o.scheme for n, o in choice.items() if o.scheme is not None}
-        if not targets:
+        if all(option.scheme is None for option in choice.values()):
             raise ConfigError(
                 f"the unquantized model fits: {size(rest + original + spare)} of {size(memory)}",
                 hint="load it as it is, or name less --memory",
             )
-        config = OnlineQuantizationConfig(targets=targets, strict=strict)
+        config = mixture_config(choice, configs)
         (plan,) = plan_load(empty, specs, config, [device])
         need = max(plan.peak_bytes, plan.final_bytes + cache)
         if need <= memory:
             return Mixture(config, choice, plan, need, total_error(choice))
         spare += need - memory
+
+
+def layer_options(
+    empty: Any,
+    specs: Mapping[str, TensorSpec],
+    configs: Mapping[str, OnlineQuantizationConfig],
+    errors: Errors,
+) -> dict[str, list[Option]]:
+    """Every layer that a config quantizes: as it is, then under the schemes that errors are known
+    of; among equals first those that leave activations alone."""
+    options: dict[str, list[Option]] = {}
+    for config in configs.values():
+        for layer in decision_for(empty, specs, config).routes.plans:
+            name, scheme = layer.shape.name, layer.scheme
+            mine = options.setdefault(name, [Option(None, layer.source_bytes, 0.0)])
+            if (name, scheme) in errors and all(o.scheme is not scheme for o in mine):
+                mine.append(Option(scheme, layer.final_bytes, errors[name, scheme]))
+    for mine in options.values():
+        mine.sort(key=lambda o: o.scheme is not None and 1 + o.scheme.quantizes_activations)
+    return options
+
+
+def mixture_config(
+    choice: Choice, configs: Mapping[str, OnlineQuantizationConfig]
+) -> OnlineQuantizationConfig:
+    """A choice as a config, as strict as those that it is made of."""
+    targets = {name: option.scheme for name, option in choice.items() if option.scheme is not None}
+    strict = all(config.strict for config in configs.values())
+    return OnlineQuantizationConfig(targets=targets, strict=strict)
