@@ -27,7 +27,8 @@ def python(code: str) -> str:
 
 
 def test_transformers_and_reload_blocks_run(tmp_path: Path) -> None:
-    online, reload, refresh, _ranks = blocks("python")  # the last: tests/engines/ranks.py
+    # The last two: tests/engines/ranks.py and test_lm_eval.py
+    online, reload, refresh, _ranks, _lm_eval = blocks("python")
     saved = str(tmp_path / "saved")
     code = online.replace("Qwen/Qwen3-30B-A3B", str(model_folder()))
     code += f"\nimport moeq; moeq.save(model, {saved!r})"
