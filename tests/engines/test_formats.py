@@ -151,6 +151,10 @@ def test_weight_only_codes_are_packed_with_their_shape(qwen: Path, tmp_path: Pat
     shape = tensors[f"{name}.weight_shape"].tolist()
     assert tensors[f"{name}.weight_packed"].shape == (shape[0], shape[1] // 4)
     assert f"{name}.weight" not in tensors
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = quantization["config_groups"].values()
+    # vLLM 0.26 compares it with a number and ends with a TypeError where it is missing
+    assert group["weights"]["group_size"] == -1
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,8 @@ def _arguments(scheme: OnlineQuantScheme) -> dict[str, Any]:
         inputs = common | {"strategy": "group", "group_size": BLOCK, "dynamic": True}
     if not scheme.quantizes_activations:
         inputs = None
+    if scheme is _PACKED:
+        weights["group_size"] = -1  # a row; vLLM 0.26 takes a missing one for a number
     return {"weights": weights, "input_activations": inputs, "output_activations": None}
 
 
