@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moeq.fidelity.words import number, percent, round_percent, text
+from moeq.fidelity.words import number, percent, round_percent, text, visible
 
 Write = Callable[[float], str]
 
@@ -23,7 +23,8 @@ STEPS = 24
 MAX_COLUMNS = 128
 """Heat maps with more columns show the largest value of several."""
 
-_LETTER = 6.2  # widths of text are guessed: digits of 11 px are about this wide
+_LETTER = 7.5
+"""Widths of text are guessed: of wide fonts, an average letter of 11.5 px takes this."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def cost_figure(
     # An interval that reaches far down is cut, so that it does not set the scale
     least = min((p.y for p in known), default=0.1)
     bottom = math.floor(max(math.log10(min(bounds, default=0.1)), math.log10(least) - 1) - 0.05)
-    plot = _Plot(width=560, height=340, left=72, right=16, top=12, bottom=46)
+    plot = _Plot(width=600, height=350, left=82, right=16, top=12, bottom=46)
     right = 1.06 * max([p.x for p in points] + ([floor.x] if floor else []))
 
     def x_of(x: float) -> float:
@@ -128,12 +129,13 @@ def _names(plot: _Plot, names: Sequence[str], places: Sequence[tuple[float, floa
     parts = []
     for i, height in zip(order, heights, strict=True):
         (x, y), to = places[i], height - over
-        name = names[i] if len(names[i]) <= letters else names[i][: letters - 1] + "…"
+        name = visible(names[i])
+        name = name if len(name) <= letters else f"{name[: letters - 1]}…"
         out = -1 if left_side else 1
         parts.append(
             f'<path class="leader" d="M{x + 7 * out:.1f} {y:.1f}L{column - 12 * out:.1f} {to:.1f}'
             f'H{column - 4 * out:.1f}"/>'
-            f'<text class="over" x="{column:.1f}" y="{to + 4:.1f}"'
+            f'<text class="called over" x="{column:.1f}" y="{to + 4:.1f}"'
             f' text-anchor="{"end" if left_side else "start"}">{text(name)}</text>'
         )
     return "".join(parts)
@@ -154,7 +156,7 @@ def heat_map(
         title: what the values are.
         write: a value for people.
         column: what a column is.
-        names: of columns; otherwise they are numbered.
+        names: of columns; without, and where they are too long for an axis, they are numbered.
     """
     columns = max(len(values) for _, values in rows)
     each = math.ceil(columns / MAX_COLUMNS)
@@ -165,26 +167,27 @@ def heat_map(
     # Of what is drawn, where a column is the largest of several. And differences of less than a
     # twentieth are not to look like structure.
     low = min((v for bins in binned for v in bins if math.isfinite(v)), default=0.0)
-    low = min(low, high - 0.05 * abs(high))
-    span = (high - low) or 1.0
+    margin = max(0.0, 0.05 * abs(high) - (high - low)) / 2
+    start, span = low - margin, (high - low + 2 * margin) or 1.0
     w, h = max(3, min(36, 512 // shown)), row_height(len(rows))
     left, inner, below = _label_width(rows), w * shown, 30 + h * len(rows)
     gap = 1 if w >= 8 and h >= 8 else 0
     cells: list[list[str]] = [[] for _ in range(STEPS)]
     for row, bins in enumerate(binned):
         steps = [
-            min(STEPS - 1, int((v - low) / span * STEPS)) if math.isfinite(v) else -1 for v in bins
+            min(STEPS - 1, int((v - start) / span * STEPS)) if math.isfinite(v) else -1
+            for v in bins
         ]
-        start = 0
+        first = 0
         for i in range(1, len(steps) + 1):
             # Neighbours of one step are one rectangle, unless a gap is to part them
-            if i == len(steps) or steps[i] != steps[start] or gap:
-                if steps[start] >= 0:
-                    wide = w * (i - start) - gap
-                    cells[steps[start]].append(
-                        f"M{left + w * start} {30 + h * row}h{wide}v{h - gap}h{-wide}z"
+            if i == len(steps) or steps[i] != steps[first] or gap:
+                if steps[first] >= 0:
+                    wide = w * (i - first) - gap
+                    cells[steps[first]].append(
+                        f"M{left + w * first} {30 + h * row}h{wide}v{h - gap}h{-wide}z"
                     )
-                start = i
+                first = i
     parts = [f'<path class="r{i}" d="{"".join(d)}"/>' for i, d in enumerate(cells) if d]
     parts.append(_row_labels([label for label, _ in rows], left, h))
     for row, (label, values) in enumerate(rows):
@@ -192,15 +195,16 @@ def heat_map(
             f'<rect class="hover" x="{left}" y="{30 + h * row}" width="{inner}" height="{h}">'
             f"<title>{text(_describe(label, values, column, names, write))}</title></rect>"
         )
-    every = _every(15 + _LETTER * max((len(n) for n in names), default=3), w / each)
+    numbered = not names or max(map(len, names)) > 4
+    every = _every(34, w / each)
     parts += [
         f'<text class="tick" text-anchor="middle" x="{left + w * (i // each + 0.5):.1f}"'
-        f' y="{below + 13}">{text(names[i] if names else i)}</text>'
+        f' y="{below + 13}">{text(i if numbered else names[i])}</text>'
         for i in range(0, columns, every)
     ]
     parts.append(_axis_title(left + inner / 2, below + 29, column))
-    end = left + max(inner, 270)
-    parts.append(_legend(left, end, title, write(low), write(high)))
+    end = left + max(inner, 340)
+    parts.append(_legend(left, end, title, write(start), write(start + span)))
     peak = max(((_largest(v), n) for n, v in rows if finite), default=(0.0, ""))
     label = (
         f"Heat map of {title}: {len(rows)} rows by {columns}, from {write(least)} to {write(high)},"
@@ -278,7 +282,7 @@ def lines(
         label: the figure in a sentence.
     """
     left, right, bottom, top = bounds
-    plot = _Plot(width=width, height=height, left=72, right=16, top=14, bottom=46)
+    plot = _Plot(width=width, height=height, left=82, right=16, top=14, bottom=46)
 
     def x_of(x: float) -> float:
         return plot.left + (x - left) / ((right - left) or 1) * plot.inner_width
@@ -359,15 +363,18 @@ class _Plot:
         axes = (
             f'<path class="axis" d="M{self.left} {self.top}V{self.base}H{end}"/>'
             + _axis_title(self.left + self.inner_width / 2, self.height - 8, x_title)
-            + f'<text class="name" text-anchor="middle" transform="translate(12 {middle:.0f})'
+            + f'<text class="name" text-anchor="middle" transform="translate(17 {middle:.0f})'
             f' rotate(-90)">{text(y_title)}</text>'
         )
         return _svg(self.width, self.height, label, axes + body)
 
 
 def _svg(width: float, height: float, label: str, body: str) -> str:
+    # Those that narrow screens shrink get larger letters there
+    kind = ' class="large"' if width > 400 else ""
+    w, h = f"{width:.0f}", f"{height:.0f}"
     return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+        f'<svg{kind} viewBox="0 0 {w} {h}" width="{w}" height="{h}"'
         f' role="img" aria-label="{text(label)}">{body}</svg>'
     )
 
@@ -378,7 +385,8 @@ def _axis_title(x: float, y: float, title: str) -> str:
 
 def _legend(left: float, right: float, title: str, low: str, high: str) -> str:
     bar, step = 72, 3
-    end = right - _LETTER * len(high) - 6
+    # Room for the larger letters of narrow screens
+    end = right - 8 * len(high) - 6
     start = end - bar
     swatches = "".join(
         f'<rect class="r{i}" x="{start + i * step:.1f}" y="8" width="{step}" height="9"/>'
@@ -392,17 +400,23 @@ def _legend(left: float, right: float, title: str, low: str, high: str) -> str:
 
 
 def _label_width(rows: Sequence[tuple[str, object]]) -> int:
-    return 14 + round(_LETTER * max(len(label) for label, _ in rows))
+    return 14 + round(_LETTER * max(len(_cut(label)) for label, _ in rows))
 
 
 def _row_labels(labels: Sequence[str], left: int, height: int) -> str:
     every = _every(15, height)
     return "".join(
         f'<text class="tick" text-anchor="end" x="{left - 6}"'
-        f' y="{30 + height * (row + 0.5) + 4:.1f}">{text(label)}</text>'
+        f' y="{30 + height * (row + 0.5) + 4:.1f}">{text(_cut(label))}</text>'
         for row, label in enumerate(labels)
         if row % every == 0
     )
+
+
+def _cut(label: str) -> str:
+    """The end of a long name, which differs where its start may not."""
+    shown = visible(label)
+    return shown if len(shown) <= 24 else f"…{shown[-23:]}"
 
 
 def _every(room: float, each: float) -> int:

@@ -77,7 +77,7 @@ def _head(result: Result) -> str:
     return (
         f"<header><h1>Fidelity of {text(result['model'])}</h1>\n"
         f'<p class="byline">Quantized models against bf16 on {source["tokens"]:,} tokens:'
-        f" {text(source['source'])}. {text(day(result['date']))}.</p></header>\n"
+        f" {text(source['source'])}. <span>{text(day(result['date']))}.</span></p></header>\n"
     )
 
 
@@ -200,9 +200,9 @@ def _cost(result: Result) -> str:
     )
     return (
         f'<h2>Size against fidelity</h2>\n<figure class="side">{figure}\n'
-        "<figcaption><b>Figure 1.</b> Mean KL divergence from bf16 (log"
-        " scale) against the bytes of all weights, with 95 % intervals. Lower and further left is"
-        " better."
+        f"<figcaption>{_keys(result, kind='keys narrow')}"
+        "<b>Figure 1.</b> Mean KL divergence from bf16 (log scale) against the bytes of all"
+        " weights, with 95 % intervals. Lower and further left is better."
         + (" The dotted line is the noise floor, shaded its interval." if floor else "")
         + "</figcaption></figure>\n"
     )
@@ -319,6 +319,8 @@ def _routers(result: Result) -> str:
         return ""
     place = {name: i for i, name in enumerate(names)}
     labels = _short(names)
+    if max(map(len, labels)) > 4:
+        labels = [str(i) for i in range(len(names))]
     series: list[list[tuple[float, float]]] = [[] for _ in result["schemes"]]
     for index, name, value in known:
         series[index].append((place[name], value))
@@ -333,7 +335,7 @@ def _routers(result: Result) -> str:
         write_x=lambda x: labels[int(x)] if x == int(x) else "",
         write_y=round_percent,
         bounds=(0, len(names) - 1, least - 0.05 * (1 - least), 1.0),
-        levels=[("floor", floor, "noise floor")] if floor is not None else [],
+        levels=[("floor", floor, "")] if floor is not None else [],
         marks=len(names) <= 32,
         label=f"Router agreement with bf16 by layer, lowest {agreement(least)}",
     )
@@ -494,12 +496,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keys(result: Result) -> str:
+def _keys(result: Result, kind: str = "keys") -> str:
     items = "".join(
         f"<li>{charts.key_mark(index)}{_breakable(scheme['scheme'])}</li>"
         for index, scheme in enumerate(result["schemes"])
     )
-    return f'<ul class="keys">{items}</ul>'
+    return f'<ul class="{kind}">{items}</ul>'
 
 
 def _dig(row: Result, path: str) -> Any:
