@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moeq.fidelity import words
-from moeq.fidelity.charts import heat_map
+from moeq.fidelity.figures.maps import heat_map
 from moeq.fidelity.page import render
 from tests.fidelity.sample import HOSTILE, hostile, linears_only, make_result, summary_numbers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable
 from datetime import datetime
 
@@ -28,6 +29,11 @@ def visible(value: object) -> str:
         c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode()
         for c in str(value)
     )
+
+
+def breakable(name: str) -> str:
+    """A long name may go on in a new line after each _ and dot."""
+    return re.sub(r"(?<=[_.])(?=[^_.<])", "<wbr>", text(name))
 
 
 def number(value: float, digits: int = 3) -> str:
