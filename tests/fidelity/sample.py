@@ -232,3 +232,20 @@ def summary_numbers(result: Result) -> list[list[float]]:
                 numbers.append(value)
         found.append(numbers)
     return found
+
+
+def degenerate() -> Result:
+    """One layer of one expert, and next to nothing differs from bf16."""
+    result = make_result(layers=1, experts=1)
+    nothing = interval(0.0, 0.0)
+    for scheme in result["schemes"]:
+        scheme["kl"] = dict.fromkeys(scheme["kl"], nothing)
+        scheme |= {"top1_agreement": interval(1.0, 0.0), "router_agreement": interval(1.0, 0.0)}
+        for layer in scheme["layers"]:
+            layer |= {"output_error": 0.0, "weight_error": [0.0], "router_agreement": 1.0}
+    result["noise_floor"]["kl"] = result["schemes"][0]["kl"]
+    result["experts"] = {layer: [0] for layer in result["experts"]}
+    result["schemes"][0]["load"]["timeline"] = [[0.0, 0.0]]
+    result["schemes"][1]["load"]["timeline"] = []
+    result["schemes"][2]["kl"] = kl(3e-9)
+    return result

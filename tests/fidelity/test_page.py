@@ -14,7 +14,14 @@ import pytest
 from moeq.fidelity import words
 from moeq.fidelity.figures.maps import heat_map
 from moeq.fidelity.page import render
-from tests.fidelity.sample import HOSTILE, hostile, linears_only, make_result, summary_numbers
+from tests.fidelity.sample import (
+    HOSTILE,
+    degenerate,
+    hostile,
+    linears_only,
+    make_result,
+    summary_numbers,
+)
 
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 # SVG's empty elements are written with a slash, HTML's without
@@ -148,6 +155,16 @@ def test_result_comes_back_out() -> None:
         assert page.count("<script") == page.count("</script") == 1
 
 
+def test_figures_are_numbered_as_they_come() -> None:
+    everything = re.compile(r"<b>((?:Figure|Table) \d)\.</b>").findall(render(make_result()))
+    assert everything == [
+        "Table 1", "Figure 1", "Figure 2", "Figure 3", "Figure 4", "Table 2", "Figure 5",
+    ]  # fmt: skip
+    result = make_result()
+    result["experts"] = {}
+    assert "<b>Figure 3.</b> How many of the experts that a router chooses" in render(result)
+
+
 def test_what_json_lacks_is_null_in_the_data() -> None:
     result = make_result()
     result["schemes"][0]["perplexity"]["value"] = math.nan
@@ -227,6 +244,26 @@ def test_null_is_as_good_as_missing(missing: str) -> None:
     del result[missing]
     strip = re.compile(r"<script.*</script>", re.DOTALL)
     assert strip.sub("", null) == strip.sub("", render(result))
+
+
+def test_nothing_differs() -> None:
+    text = Reader(render(degenerate())).text.replace("\u00a0", " ")
+    assert "mean KL 0 (0 to 0)" in text
+    assert "100 % of next tokens the same" in text
+    assert "10⁻⁸" in text
+    assert "1 of 1 experts got no token" in text
+
+
+def test_no_number_at_all() -> None:
+    result = make_result()
+    for scheme in result["schemes"]:
+        for interval in scheme["kl"].values():
+            interval |= {"value": math.nan, "low": math.nan, "high": math.inf}
+        for layer in scheme["layers"]:
+            layer |= {"output_error": math.nan, "weight_error": [math.nan] * 16}
+    page = render(result)
+    assert "nan" not in re.sub(r'data-\w+="nan"', "", page.split("<script")[0])
+    Reader(page)
 
 
 def test_a_load_whose_peak_was_not_read() -> None:

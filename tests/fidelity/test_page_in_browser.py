@@ -11,7 +11,7 @@ import pytest
 
 from moeq.fidelity.page import render
 from tests.fidelity.browser import Browser, Page
-from tests.fidelity.sample import hostile, linears_only, make_result, summary_numbers
+from tests.fidelity.sample import degenerate, hostile, linears_only, make_result, summary_numbers
 
 pytestmark = pytest.mark.browser
 
@@ -20,6 +20,7 @@ RESULTS = {
     "large": make_result(layers=64, experts=512),
     "linears": linears_only(),
     "hostile": hostile(),
+    "degenerate": degenerate(),
 }
 VIEWS: dict[str, dict[str, Any]] = {
     "light": {},

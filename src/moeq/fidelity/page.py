@@ -57,7 +57,7 @@ def render(result: Result) -> str:
         _head, _verdicts, _summary, page_figures.cost, page_figures.errors, page_figures.usage,
         page_figures.routers, _outliers, page_figures.loads, _kept, _measured,
     )  # fmt: skip
-    body = "".join(section(result) for section in sections)
+    body = _numbered("".join(section(result) for section in sections))
     style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -68,6 +68,17 @@ def render(result: Result) -> str:
         f'<script type="application/json" id="result">{_embedded(result)}</script>\n'
         "</body>\n</html>\n"
     )
+
+
+def _numbered(body: str) -> str:
+    """Figures and tables in the order in which this page has them. Names cannot be tags."""
+    counts: Counter[str] = Counter()
+
+    def count(found: re.Match[str]) -> str:
+        counts[found[1]] += 1
+        return f"{found[0]} {counts[found[1]]}"
+
+    return re.sub("<b>(Figure|Table)", count, body)
 
 
 def _head(result: Result) -> str:
@@ -136,6 +147,7 @@ def _summary(result: Result) -> str:
     rows += [(s["scheme"], s, key_mark(i)) for i, s in enumerate(result["schemes"])]
     columns = [c for c in _COLUMNS if any(dig(row, c[2]) is not None for _, row, _ in rows)]
     groups = Counter(group for group, *_ in columns)
+    routers = any(path == "router_agreement" for _, _, path, _ in columns)
     head = "".join(
         f'<th colspan="{n}" scope="colgroup"><span>{text(group)}</span></th>'
         if group
@@ -152,10 +164,11 @@ def _summary(result: Result) -> str:
         '<h2>Summary</h2>\n<div class="wide"><table id="summary">\n'
         f'<thead><tr class="group"><th></th>{head}</tr>\n<tr><th scope="col">Scheme</th>{names}'
         f"</tr></thead>\n<tbody>\n{''.join(body)}</tbody></table></div>\n"
-        '<p class="caption"><b>Table 1.</b> Small print is the share of bf16’s bytes, and elsewhere'
+        '<p class="caption"><b>Table.</b> Small print is the share of bf16’s bytes, and elsewhere'
         " a 95 % bootstrap interval. KL divergence is that of the next token’s distribution from"
         f" bf16’s, over {result['text']['scored']:,} positions. Same choice: how often the most"
-        " likely next token is bf16’s, and how many of the experts that routers choose are."
+        " likely next token is bf16’s"
+        + (", and how many of the experts that routers choose are." if routers else ".")
         + (
             " The noise floor is bf16 against itself, computed in another order: below it, no"
             " scheme can be told from bf16.</p>\n"
@@ -209,7 +222,7 @@ def _outliers(result: Result) -> str:
         '<th scope="col">What</th><th class="n" scope="col">Value</th>'
         '<th class="n" scope="col">Typical</th></tr></thead>\n'
         f"<tbody>\n{''.join(rows)}</tbody></table></div>\n"
-        '<p class="caption"><b>Table 2.</b> What stands out from its like, and their median.'
+        '<p class="caption"><b>Table.</b> What stands out from its like, and their median.'
         + (f" {rest:,} more are in the data of this page." if rest else "")
         + "</p>\n"
     )

@@ -16,6 +16,8 @@ from moeq.fidelity.page_result import Result, dig
 from moeq.fidelity.words import agreement, breakable, number, percent, round_percent, text
 from moeq.report import size
 
+_UNKNOWN = {"value": math.nan, "low": math.nan, "high": math.nan}
+
 _TIMELINE = 400
 """Points of a load that a figure shows."""
 
@@ -28,7 +30,7 @@ def cost(result: Result) -> str:
     floor = dig(result, "noise_floor.kl.mean")
     figure = cost_figure(
         points,
-        floor=_point("bf16", result["reference"]["bytes"], floor) if floor else None,
+        reference=_point("bf16", result["reference"]["bytes"], floor or _UNKNOWN),
         write_x=_round_size,
         x_title="weights",
         y_title="mean KL divergence, nats",
@@ -36,7 +38,7 @@ def cost(result: Result) -> str:
     return (
         f'<h2>Size against fidelity</h2>\n<figure class="side">{figure}\n'
         f"<figcaption>{_keys(result, kind='keys narrow')}"
-        "<b>Figure 1.</b> Mean KL divergence from bf16 (log scale) against the bytes of all"
+        "<b>Figure.</b> Mean KL divergence from bf16 (log scale) against the bytes of all"
         " weights, with 95 % intervals. Lower and further left is better."
         + (" The dotted line is the noise floor, shaded its interval." if floor else "")
         + "</figcaption></figure>\n"
@@ -59,7 +61,7 @@ def errors(result: Result) -> str:
         (len(layer["weight_error"]) for s in result["schemes"] for layer in s["layers"]), default=0
     )
     return (
-        f'<h2>Error by layer</h2>\n{"".join(parts)}<p class="caption"><b>Figure 2.</b> Relative'
+        f'<h2>Error by layer</h2>\n{"".join(parts)}<p class="caption"><b>Figure.</b> Relative'
         " errors, ‖quantized − bf16‖ / ‖bf16‖, of the weights of each expert and linear layer and"
         " of what each layer puts out. Every map has a scale of its own, because schemes differ by"
         f" more than layers do.{_binning(widest)}</p>\n"
@@ -130,7 +132,7 @@ def usage(result: Result) -> str:
     return (
         '<h2>Use of experts</h2>\n<figure class="side">'
         f"{heat_map(rows, title='Share of tokens', write=percent)}\n<figcaption>"
-        "<b>Figure 3.</b> Share of the text’s tokens that the bf16 model routes to an expert;"
+        "<b>Figure.</b> Share of the text’s tokens that the bf16 model routes to an expert;"
         f" were all used alike, each would get {percent(even)}. "
         + (
             f"{unused:,} of {count:,} experts got no token, and the text says nothing about them."
@@ -176,7 +178,7 @@ def routers(result: Result) -> str:
     )
     return (
         f'<h2>Routers</h2>\n<figure class="side">{figure}\n<figcaption>{_keys(result)}'
-        "<b>Figure 4.</b> How many of the experts that a router chooses are those that"
+        "<b>Figure.</b> How many of the experts that a router chooses are those that"
         " it chooses in bf16. Routers are not quantized: what differs is what reaches them."
         + (" The dotted line is the noise floor of all layers." if floor is not None else "")
         + "</figcaption></figure>\n"
@@ -223,7 +225,7 @@ def loads(result: Result) -> str:
         )
     return (
         f'<h2>Memory while loading</h2>\n<figure><div class="panels">{"".join(panels)}</div>\n'
-        "<figcaption><b>Figure 5.</b> Memory that loading takes, over time. Dashed: the peak that"
+        "<figcaption><b>Figure.</b> Memory that loading takes, over time. Dashed: the peak that"
         " was planned before the first byte was read. Dotted: the final model. All panels share"
         " their axes.</figcaption></figure>\n"
     )

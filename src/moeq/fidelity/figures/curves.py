@@ -22,17 +22,31 @@ class Point:
 
 
 def cost_figure(
-    points: Sequence[Point], *, floor: Point | None, write_x: Write, x_title: str, y_title: str
+    points: Sequence[Point],
+    *,
+    reference: Point,
+    write_x: Write,
+    x_title: str,
+    y_title: str,
 ) -> str:
-    """y on a log axis against x, with intervals; `floor` is a band across, its x is bf16's."""
-    known = [p for p in (*points, *([floor] if floor else [])) if 0 < p.y < math.inf]
+    """y on a log axis against x, with intervals.
+
+    Args:
+        points: one a scheme.
+        reference: bf16: its x is a line up, its y and interval are the noise floor, a band across.
+            A y that is not finite is no floor.
+        write_x: an x for people.
+        x_title: what x is.
+        y_title: what y is.
+    """
+    known = [p for p in (*points, reference) if 0 < p.y < math.inf]
     bounds = [v for p in known for v in (p.y, p.low, p.high) if 0 < v < math.inf]
     top = math.ceil(math.log10(max(bounds, default=1.0)) + 0.05)
     # An interval that reaches far down is cut, so that it does not set the scale
     least = min((p.y for p in known), default=0.1)
     bottom = math.floor(max(math.log10(min(bounds, default=0.1)), math.log10(least) - 1) - 0.05)
     plot = Plot(width=610, height=350, left=86, right=16, top=12, bottom=46)
-    right = 1.06 * max([p.x for p in points] + ([floor.x] if floor else []))
+    right = 1.06 * max(p.x for p in (*points, reference))
 
     def x_of(x: float) -> float:
         return plot.left + x / right * plot.inner_width
@@ -48,8 +62,8 @@ def cost_figure(
         if decade < top:
             parts += [plot.y_tick(y_of(m * 10.0**decade), "") for m in range(2, 10)]
     parts += [plot.x_tick(x_of(x), write_x(x)) for x in ticks(0, right, 6)]
-    if floor and 0 < floor.y < math.inf:
-        y, high, low = y_of(floor.y), y_of(floor.high), y_of(floor.low)
+    if 0 < reference.y < math.inf:
+        y, high, low = y_of(reference.y), y_of(reference.high), y_of(reference.low)
         end = plot.left + plot.inner_width
         parts.append(
             f'<rect class="band" x="{plot.left}" y="{high:.1f}" width="{plot.inner_width}"'
@@ -57,12 +71,11 @@ def cost_figure(
             f'<path class="floor" d="M{plot.left} {y:.1f}H{end}"/>'
             f'<text class="note" x="{plot.left + 8}" y="{high - 5:.1f}">noise floor</text>'
         )
-    if floor:
-        parts.append(
-            f'<path class="reference" d="M{x_of(floor.x):.1f} {plot.top}V{plot.base}"/>'
-            f'<text class="note" x="{x_of(floor.x) - 6:.1f}" y="{plot.top + 10}"'
-            ' text-anchor="end">bf16</text>'
-        )
+    parts.append(
+        f'<path class="reference" d="M{x_of(reference.x):.1f} {plot.top}V{plot.base}"/>'
+        f'<text class="note" x="{x_of(reference.x) - 6:.1f}" y="{plot.top + 10}"'
+        f' text-anchor="end">{text(reference.name)}</text>'
+    )
     drawn = [(s, p) for s, p in enumerate(points) if math.isfinite(p.y)]
     places = [(x_of(p.x), y_of(p.y)) for _, p in drawn]
     parts.append(_names(plot, [p.name for _, p in drawn], places))

@@ -150,7 +150,7 @@ def _legend(left: float, right: float, title: str, low: str, high: str) -> str:
     return (
         f'<text class="title" x="{left}" y="16">{text(title)}</text>{swatches}'
         f'<text class="tick" text-anchor="end" x="{start - 5:.1f}" y="16">{text(low)}</text>'
-        f'<text class="tick" text-anchor="end" x="{right:.1f}" y="16">{text(high)}</text>'
+        f'<text class="tick" x="{end + 5:.1f}" y="16">{text(high)}</text>'
     )
 
 
