@@ -45,7 +45,7 @@ def cost_figure(
     # An interval that reaches far down is cut, so that it does not set the scale
     least = min((p.y for p in known), default=0.1)
     bottom = math.floor(max(math.log10(min(bounds, default=0.1)), math.log10(least) - 1) - 0.05)
-    plot = Plot(width=610, height=350, left=86, right=16, top=12, bottom=46)
+    plot = Plot(width=620, height=350, left=86, right=26, top=12, bottom=46)
     right = 1.06 * max(p.x for p in (*points, reference))
 
     def x_of(x: float) -> float:

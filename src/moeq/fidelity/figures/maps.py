@@ -94,7 +94,7 @@ def heat_map(
     ]
     parts.append(axis_title(left + inner / 2, below + 29, column))
     end = left + max(inner, 340)
-    parts.append(_legend(left, end, title, write(start), write(start + span)))
+    parts.append(_legend(left, end, title, write(start), write(high + margin)))
     peak = max(((max(v), n) for n, v in known if v), default=(0.0, ""))
     label = (
         f"Heat map of {title}: {len(rows)} rows by {columns}, from {write(least)} to {write(high)},"
