@@ -29,18 +29,14 @@ class Browser:
         self._number = 0
         self._buffer = b""
         self._events: list[dict[str, Any]] = []
-        # Chromium reads commands from its descriptor 3 and answers into 4
-        read_commands, self._commands = os.pipe()
-        self._answers, write_answers = os.pipe()
         self._log = (profile / "log").open("w+b")
+        # Chromium reads commands from its descriptor 3 and answers into 4
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}',
+            ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >&2',
              program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(read_commands, write_answers), stdout=self._log, stderr=self._log,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
             env=_environment(program),
         )  # fmt: skip
-        os.close(read_commands)
-        os.close(write_answers)
 
     def open(self, page: Path, *, width: int = 1280, dark: bool = False, media: str = "") -> Page:
         return Page(self, page, width, dark, media)
@@ -51,7 +47,8 @@ class Browser:
         message = {"id": self._number, "method": method, "params": params}
         if session:
             message["sessionId"] = session
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self._number:
             self._events.append(answer)
         if "error" in answer:
@@ -72,9 +69,11 @@ class Browser:
 
     def _read(self, seconds: float = 60) -> dict[str, Any]:
         end = time.monotonic() + seconds
+        answers = self._process.stdout
+        assert answers is not None
         while b"\0" not in self._buffer:
-            ready, *_ = select.select([self._answers], [], [], max(0, end - time.monotonic()))
-            piece = os.read(self._answers, 1 << 20) if ready else b""
+            ready, *_ = select.select([answers], [], [], max(0, end - time.monotonic()))
+            piece = answers.read(1 << 20) if ready else b""
             if not piece:
                 self._log.seek(0)
                 log = self._log.read().decode(errors="replace")[-2000:]
@@ -90,9 +89,7 @@ class Browser:
             self._process.wait(20)
         finally:
             self._process.kill()
-            self._process.wait()
-            os.close(self._commands)
-            os.close(self._answers)
+            self._process.communicate()
             self._log.close()
 
 

@@ -169,3 +169,83 @@ def kl(mean: float) -> Result:
         "p99": interval(9 * mean, 0.15),
         "max": interval(70 * mean, 0.3),
     }
+
+
+def linears_only() -> Result:
+    """No experts were quantized, no load was measured, and the noise floor is not known."""
+    result = make_result(load=False)
+    result |= {"experts": {}, "noise_floor": None, "peak_bytes": None}
+    result["schemes"] = result["schemes"][1:]
+    for scheme in result["schemes"]:
+        scheme["layers"] = [layer for layer in scheme["layers"] if layer["kind"] == "linear"]
+        scheme |= {"router_agreement": None, "kept": {}, "outliers": []}
+    return result
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    '"><img src=x onerror=alert(3)>',
+    "'onload='alert(4)",
+    "<!-- \x00\x1b[31m\u202e\udc80 ]]> &lt; &amp;",
+    "</title></style><style>body{display:none}</style>",
+)
+
+
+def hostile() -> Result:
+    """Every name is one that a page could trip over."""
+    result = make_result(layers=len(HOSTILE), experts=4)
+    result["model"], result["command"], result["device"], result["date"] = HOSTILE[:4]
+    result["text"]["source"] = HOSTILE[4]
+    result["versions"] = {name: name for name in HOSTILE}
+    result["experts"] = dict(zip(HOSTILE, result["experts"].values()))
+    for scheme in result["schemes"]:
+        name = HOSTILE[len(scheme["scheme"]) % len(HOSTILE)]
+        scheme |= {"scheme": name, "kept": {name: name for name in HOSTILE}}
+        scheme["quantization"] = {name: name for name in HOSTILE}
+        for layer, name in zip(scheme["layers"], HOSTILE * 5):
+            layer["name"] = f"{name}.{layer['name']}" if layer["kind"] == "linear" else name
+        for outlier in scheme["outliers"]:
+            outlier |= {"layer": HOSTILE[1], "what": HOSTILE[2]}
+    return result
+
+
+COLUMNS = (
+    "bytes", "expert_bytes", "kl.mean", "kl.median", "kl.p99", "kl.max", "top1_agreement",
+    "router_agreement", "perplexity", "perplexity_ratio", "tokens_per_second",
+)  # fmt: skip
+
+
+def summary_numbers(result: Result) -> list[list[float]]:
+    """What the summary has to say: for bf16, the noise floor and each scheme."""
+    rows = [result["reference"], result["noise_floor"], *result["schemes"]]
+    found = []
+    for row in filter(None, rows):
+        numbers: list[float] = []
+        for column in COLUMNS:
+            value = row
+            for key in column.split("."):
+                value = (value or {}).get(key)
+            if isinstance(value, dict):
+                numbers += value["value"], value["low"], value["high"]
+            elif value is not None:
+                numbers.append(value)
+        found.append(numbers)
+    return found
+
+
+def degenerate() -> Result:
+    """One layer of one expert, and next to nothing differs from bf16."""
+    result = make_result(layers=1, experts=1)
+    nothing = interval(0.0, 0.0)
+    for scheme in result["schemes"]:
+        scheme["kl"] = dict.fromkeys(scheme["kl"], nothing)
+        scheme |= {"top1_agreement": interval(1.0, 0.0), "router_agreement": interval(1.0, 0.0)}
+        for layer in scheme["layers"]:
+            layer |= {"output_error": 0.0, "weight_error": [0.0], "router_agreement": 1.0}
+    result["noise_floor"]["kl"] = result["schemes"][0]["kl"]
+    result["experts"] = {layer: [0] for layer in result["experts"]}
+    result["schemes"][0]["load"]["timeline"] = [[0.0, 0.0]]
+    result["schemes"][1]["load"]["timeline"] = []
+    result["schemes"][2]["kl"] = kl(3e-9)
+    return result

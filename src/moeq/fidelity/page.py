@@ -12,27 +12,28 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-from moeq.fidelity import charts
-from moeq.fidelity.ramp import ramp_rules
+from moeq.fidelity import page_figures
+from moeq.fidelity.figures.maps import STEPS
+from moeq.fidelity.figures.ramp import ramp_rules
+from moeq.fidelity.figures.svg import key_mark
+from moeq.fidelity.page_result import Result, dig
 from moeq.fidelity.words import (
     agreement,
+    breakable,
     change,
     day,
     interval,
     number,
     percent,
     perplexity,
-    round_percent,
     share_of_bytes,
     text,
 )
 from moeq.report import size
-
-Result = dict[str, Any]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -40,9 +41,6 @@ _OUTLIERS = 24
 """More are in the data."""
 
 _UNSET: tuple[Any, ...] = (None, [], {})
-
-_TIMELINE = 400
-"""Points of a load that a figure shows."""
 
 
 def render(result: Result) -> str:
@@ -56,20 +54,31 @@ def render(result: Result) -> str:
     """
     title = f"Fidelity of {result['model']}"
     sections = (
-        _head(result), _verdicts(result), _summary(result), _cost(result), _errors(result),
-        _usage(result), _routers(result), _outliers(result), _loads(result), _kept(result),
-        _measured(result),
+        _head, _verdicts, _summary, page_figures.cost, page_figures.errors, page_figures.usage,
+        page_figures.routers, _outliers, page_figures.loads, _kept, _measured,
     )  # fmt: skip
+    body = _numbered("".join(section(result) for section in sections))
     style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>\n{style}{ramp_rules(charts.STEPS)}</style>\n"
-        f"</head>\n<body>\n<main>\n{''.join(sections)}</main>\n"
+        f"<title>{text(title)}</title>\n<style>\n{style}{ramp_rules(STEPS)}</style>\n"
+        f"</head>\n<body>\n<main>\n{body}</main>\n"
         f'<script type="application/json" id="result">{_embedded(result)}</script>\n'
         "</body>\n</html>\n"
     )
+
+
+def _numbered(body: str) -> str:
+    """Figures and tables in the order in which this page has them. Names cannot be tags."""
+    counts: Counter[str] = Counter()
+
+    def count(found: re.Match[str]) -> str:
+        counts[found[1]] += 1
+        return f"{found[0]} {counts[found[1]]}"
+
+    return re.sub("<b>(Figure|Table)", count, body)
 
 
 def _head(result: Result) -> str:
@@ -77,7 +86,7 @@ def _head(result: Result) -> str:
     return (
         f"<header><h1>Fidelity of {text(result['model'])}</h1>\n"
         f'<p class="byline">Quantized models against bf16 on {source["tokens"]:,} tokens:'
-        f" {text(source['source'])}. {text(day(result['date']))}.</p></header>\n"
+        f" {text(source['source'])}. <span>{text(day(result['date']))}.</span></p></header>\n"
     )
 
 
@@ -91,7 +100,7 @@ def _verdicts(result: Result) -> str:
             sentence = (
                 f"mean KL {number(mean['value'])} ({number(mean['low'])} to {number(mean['high'])})"
             )
-            floor = _dig(result, "noise_floor.kl.mean.value") or 0
+            floor = dig(result, "noise_floor.kl.mean.value") or 0
             if floor > 0:
                 times = mean["value"] / floor
                 sentence += (
@@ -108,7 +117,7 @@ def _verdicts(result: Result) -> str:
         if covered < 1:
             parts.append(f"only {agreement(covered)} of expert weights are quantized")
         items.append(
-            f'<li>{charts.key_mark(index)}<span class="name-of">{text(scheme["scheme"])}</span>:'
+            f'<li>{key_mark(index)}<span class="name-of">{text(scheme["scheme"])}</span>:'
             f" {'; '.join(parts)}.</li>\n"
         )
     return f'<ul class="verdicts">\n{"".join(items)}</ul>\n'
@@ -135,9 +144,10 @@ def _summary(result: Result) -> str:
     rows = [("bf16", reference, "")]
     if floor:
         rows.append(("noise floor", floor, ""))
-    rows += [(s["scheme"], s, charts.key_mark(i)) for i, s in enumerate(result["schemes"])]
-    columns = [c for c in _COLUMNS if any(_dig(row, c[2]) is not None for _, row, _ in rows)]
+    rows += [(s["scheme"], s, key_mark(i)) for i, s in enumerate(result["schemes"])]
+    columns = [c for c in _COLUMNS if any(dig(row, c[2]) is not None for _, row, _ in rows)]
     groups = Counter(group for group, *_ in columns)
+    routers = any(path == "router_agreement" for _, _, path, _ in columns)
     head = "".join(
         f'<th colspan="{n}" scope="colgroup"><span>{text(group)}</span></th>'
         if group
@@ -149,15 +159,16 @@ def _summary(result: Result) -> str:
     for place, (name, row, mark) in enumerate(rows):
         cells = "".join(_cell(row, path, write, reference) for _, _, path, write in columns)
         kind = ' class="first"' if place == len(rows) - len(result["schemes"]) else ""
-        body.append(f'<tr{kind}><th scope="row">{mark}{_breakable(name)}</th>{cells}</tr>\n')
+        body.append(f'<tr{kind}><th scope="row">{mark}{breakable(name)}</th>{cells}</tr>\n')
     return (
         '<h2>Summary</h2>\n<div class="wide"><table id="summary">\n'
         f'<thead><tr class="group"><th></th>{head}</tr>\n<tr><th scope="col">Scheme</th>{names}'
         f"</tr></thead>\n<tbody>\n{''.join(body)}</tbody></table></div>\n"
-        '<p class="caption"><b>Table 1.</b> Small print is the share of bf16’s bytes, and elsewhere'
+        '<p class="caption"><b>Table.</b> Small print is the share of bf16’s bytes, and elsewhere'
         " a 95 % bootstrap interval. KL divergence is that of the next token’s distribution from"
         f" bf16’s, over {result['text']['scored']:,} positions. Same choice: how often the most"
-        " likely next token is bf16’s, and how many of the experts that routers choose are."
+        " likely next token is bf16’s"
+        + (", and how many of the experts that routers choose are." if routers else ".")
         + (
             " The noise floor is bf16 against itself, computed in another order: below it, no"
             " scheme can be told from bf16.</p>\n"
@@ -168,7 +179,7 @@ def _summary(result: Result) -> str:
 
 
 def _cell(row: Result, path: str, write: Callable[[Any], str], reference: Result) -> str:
-    value = _dig(row, path)
+    value = dig(row, path)
     if value is None:
         return "<td></td>"
     if isinstance(value, dict):
@@ -185,167 +196,6 @@ def _cell(row: Result, path: str, write: Callable[[Any], str], reference: Result
     return f'<td class="n" data-value="{value!r}">{write(value)}{below}</td>'
 
 
-def _cost(result: Result) -> str:
-    schemes = [s for s in result["schemes"] if s.get("kl")]
-    if not schemes:
-        return ""
-    points = [_point(s["scheme"], s["bytes"], s["kl"]["mean"]) for s in schemes]
-    floor = _dig(result, "noise_floor.kl.mean")
-    figure = charts.cost_figure(
-        points,
-        floor=_point("bf16", result["reference"]["bytes"], floor) if floor else None,
-        write_x=_round_size,
-        x_title="weights",
-        y_title="mean KL divergence, nats",
-    )
-    return (
-        f'<h2>Size against fidelity</h2>\n<figure class="side">{figure}\n'
-        "<figcaption><b>Figure 1.</b> Mean KL divergence from bf16 (log"
-        " scale) against the bytes of all weights, with 95 % intervals. Lower and further left is"
-        " better."
-        + (" The dotted line is the noise floor, shaded its interval." if floor else "")
-        + "</figcaption></figure>\n"
-    )
-
-
-def _errors(result: Result) -> str:
-    """Where in the model a scheme's error is."""
-    parts = []
-    for index, scheme in enumerate(result["schemes"]):
-        panels = _expert_panels(scheme) + _linear_panels(scheme)
-        if panels:
-            parts.append(
-                f'<figure><p class="small-title">{charts.key_mark(index)}{text(scheme["scheme"])}'
-                f"</p>{panels}</figure>\n"
-            )
-    if not parts:
-        return ""
-    widest = max(
-        (len(layer["weight_error"]) for s in result["schemes"] for layer in s["layers"]), default=0
-    )
-    return (
-        f'<h2>Error by layer</h2>\n{"".join(parts)}<p class="caption"><b>Figure 2.</b> Relative'
-        " errors, ‖quantized − bf16‖ / ‖bf16‖, of the weights of each expert and linear layer and"
-        " of what each layer puts out. Every map has a scale of its own, because schemes differ by"
-        f" more than layers do.{_binning(widest)}</p>\n"
-    )
-
-
-def _expert_panels(scheme: Result) -> str:
-    layers = [x for x in scheme.get("layers") or () if x["kind"] == "moe" and x["weight_error"]]
-    if not layers:
-        return ""
-    labels = _short([layer["name"] for layer in layers])
-    weights = charts.heat_map(
-        [(n, _numbers(layer["weight_error"])) for n, layer in zip(labels, layers, strict=True)],
-        title="Experts: weights",
-        write=percent,
-    )
-    outputs = charts.bars(
-        list(zip(labels, _numbers(layer["output_error"] for layer in layers), strict=True)),
-        title="Experts: output",
-    )
-    return f'<div class="panels">{weights}{outputs}</div>'
-
-
-def _linear_panels(scheme: Result) -> str:
-    """Linears as a matrix: a row a projection, a column a block of the model."""
-    layers = [x for x in scheme.get("layers") or () if x["kind"] == "linear" and x["weight_error"]]
-    if not layers:
-        return ""
-    split = [_block_and_part(layer["name"]) for layer in layers]
-    blocks = list(dict.fromkeys(block for block, _ in split))
-    parts = list(dict.fromkeys(part for _, part in split))
-    last = [part.rpartition(".")[2] for part in parts]
-    rows = last if len(set(last)) == len(last) else parts
-    columns = _short(blocks)
-
-    def matrix(title: str, values: list[float]) -> str:
-        known = dict(zip(split, values, strict=True))
-        return charts.heat_map(
-            [
-                (row, [known.get((block, part), math.nan) for block in blocks])
-                for row, part in zip(rows, parts, strict=True)
-            ],
-            title=title,
-            write=percent,
-            column="layer",
-            names=columns,
-        )
-
-    weights = matrix("Linears: weights", _numbers(layer["weight_error"][0] for layer in layers))
-    outputs = matrix("Linears: output", _numbers(layer["output_error"] for layer in layers))
-    return f'<div class="panels">{weights}{outputs}</div>'
-
-
-def _usage(result: Result) -> str:
-    experts = {name: hits for name, hits in (result.get("experts") or {}).items() if hits}
-    if not experts:
-        return ""
-    tokens = result["text"]["tokens"]
-    labels = _short(list(experts))
-    rows = [
-        (label, [n / tokens for n in hits])
-        for label, hits in zip(labels, experts.values(), strict=True)
-    ]
-    unused = sum(n == 0 for hits in experts.values() for n in hits)
-    count = sum(map(len, experts.values()))
-    even = sum(map(sum, experts.values())) / tokens / count
-    widest = max(map(len, experts.values()))
-    return (
-        '<h2>Use of experts</h2>\n<figure class="side">'
-        f"{charts.heat_map(rows, title='Share of tokens', write=percent)}\n<figcaption>"
-        "<b>Figure 3.</b> Share of the text’s tokens that the bf16 model routes to an expert;"
-        f" were all used alike, each would get {percent(even)}. "
-        + (
-            f"{unused:,} of {count:,} experts got no token, and the text says nothing about them."
-            if unused
-            else f"Each of the {count:,} experts got some."
-        )
-        + f"{_binning(widest)}</figcaption></figure>\n"
-    )
-
-
-def _routers(result: Result) -> str:
-    """Lines of routers that choose as bf16's."""
-    known = [
-        (index, layer["name"], layer["router_agreement"])
-        for index, scheme in enumerate(result["schemes"])
-        for layer in scheme.get("layers") or ()
-        if layer.get("router_agreement") is not None
-    ]
-    names = list(dict.fromkeys(name for _, name, _ in known))
-    if len(names) < 2:
-        return ""
-    place = {name: i for i, name in enumerate(names)}
-    labels = _short(names)
-    series: list[list[tuple[float, float]]] = [[] for _ in result["schemes"]]
-    for index, name, value in known:
-        series[index].append((place[name], value))
-    floor = _dig(result, "noise_floor.router_agreement.value")
-    least = min([value for *_, value in known] + ([] if floor is None else [floor]))
-    figure = charts.lines(
-        series,
-        width=560,
-        height=280,
-        x_title="layer",
-        y_title="experts chosen as bf16 does",
-        write_x=lambda x: labels[int(x)] if x == int(x) else "",
-        write_y=round_percent,
-        bounds=(0, len(names) - 1, least - 0.05 * (1 - least), 1.0),
-        levels=[("floor", floor, "noise floor")] if floor is not None else [],
-        marks=len(names) <= 32,
-        label=f"Router agreement with bf16 by layer, lowest {agreement(least)}",
-    )
-    return (
-        f'<h2>Routers</h2>\n<figure class="side">{figure}\n<figcaption>{_keys(result)}'
-        "<b>Figure 4.</b> How many of the experts that a router chooses are those that"
-        " it chooses in bf16. Routers are not quantized: what differs is what reaches them."
-        + (" The dotted line is the noise floor of all layers." if floor is not None else "")
-        + "</figcaption></figure>\n"
-    )
-
-
 def _outliers(result: Result) -> str:
     found = [(s["scheme"], o) for s in result["schemes"] for o in s.get("outliers") or ()]
     if not result["schemes"] or not any("outliers" in s for s in result["schemes"]):
@@ -359,8 +209,8 @@ def _outliers(result: Result) -> str:
         again = place > 0 and found[place - 1][0] == scheme
         rows.append(
             f"<tr{'' if again or not place else ' class=first'}>"
-            f'<th scope="row">{"" if again else _breakable(scheme)}</th>'
-            f"<td>{_breakable(o['layer'])}</td>"
+            f'<th scope="row">{"" if again else breakable(scheme)}</th>'
+            f"<td>{breakable(o['layer'])}</td>"
             f'<td class="n">{text(expert)}</td><td>{text(o["what"])}</td>'
             f'<td class="n" data-value="{o["value"]!r}">{write(o["value"])}</td>'
             f'<td class="n" data-value="{o["typical"]!r}">{write(o["typical"])}</td></tr>\n'
@@ -372,55 +222,9 @@ def _outliers(result: Result) -> str:
         '<th scope="col">What</th><th class="n" scope="col">Value</th>'
         '<th class="n" scope="col">Typical</th></tr></thead>\n'
         f"<tbody>\n{''.join(rows)}</tbody></table></div>\n"
-        '<p class="caption"><b>Table 2.</b> What stands out from its like, and their median.'
+        '<p class="caption"><b>Table.</b> What stands out from its like, and their median.'
         + (f" {rest:,} more are in the data of this page." if rest else "")
         + "</p>\n"
-    )
-
-
-def _loads(result: Result) -> str:
-    """Memory while each scheme loaded, on the same axes."""
-    loads = [
-        (index, scheme["scheme"], scheme["load"])
-        for index, scheme in enumerate(result["schemes"])
-        if scheme.get("load") and scheme["load"]["timeline"]
-    ]
-    if not loads:
-        return ""
-    seconds = max(load["timeline"][-1][0] for _, _, load in loads) or 1.0
-    top = 1.08 * max(
-        max(load["planned_peak_bytes"], max(b for _, b in load["timeline"])) for _, _, load in loads
-    )
-    panels = []
-    for index, scheme, load in loads:
-        actual = load.get("actual_peak_bytes")
-        measured = "" if actual is None else f"peak {size(actual)}, "
-        figure = charts.lines(
-            [_thin(load["timeline"])],
-            width=336,
-            height=230,
-            x_title="seconds",
-            y_title="memory",
-            write_y=_round_size,
-            bounds=(0.0, seconds, 0.0, top),
-            levels=[
-                ("planned", load["planned_peak_bytes"], "planned"),
-                ("final", load["final_bytes"], "final"),
-            ],
-            first=index,
-            label=f"Memory over time while {scheme} loads: {measured}planned"
-            f" {size(load['planned_peak_bytes'])}, final {size(load['final_bytes'])}",
-        )
-        panels.append(
-            f'<div class="load"><p class="small-title">{charts.key_mark(index)}{_breakable(scheme)}'
-            f'</p>{figure}<p class="small-note">{measured}{size(load["planned_peak_bytes"])}'
-            f" planned, {size(load['final_bytes'])} final; {number(load['seconds'])} s</p></div>"
-        )
-    return (
-        f'<h2>Memory while loading</h2>\n<figure><div class="panels">{"".join(panels)}</div>\n'
-        "<figcaption><b>Figure 5.</b> Memory that loading takes, over time. Dashed: the peak that"
-        " was planned before the first byte was read. Dotted: the final model. All panels share"
-        " their axes.</figcaption></figure>\n"
     )
 
 
@@ -437,7 +241,7 @@ def _kept(result: Result) -> str:
         # One row for the same layer of every block: its number is a star
         groups = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), rule) for name, rule in kept)
         rows = "".join(
-            f'<tr><td><code>{_breakable(name)}</code></td><td class="n">{n:,}</td>'
+            f'<tr><td><code>{breakable(name)}</code></td><td class="n">{n:,}</td>'
             f"<td>{text(rule)}</td></tr>\n"
             for (name, rule), n in groups.items()
         )
@@ -492,63 +296,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _keys(result: Result) -> str:
-    items = "".join(
-        f"<li>{charts.key_mark(index)}{_breakable(scheme['scheme'])}</li>"
-        for index, scheme in enumerate(result["schemes"])
-    )
-    return f'<ul class="keys">{items}</ul>'
-
-
-def _dig(row: Result, path: str) -> Any:
-    value: Any = row
-    for key in path.split("."):
-        value = None if value is None else value.get(key)
-    return value
-
-
-def _point(name: str, nbytes: int, found: Result) -> charts.Point:
-    return charts.Point(name, nbytes, found["value"], found["low"], found["high"])
-
-
-def _numbers(values: Iterable[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
-
-
-def _round_size(nbytes: float) -> str:
-    """Of ticks: 5e6 -> '5 MB'."""
-    return size(round(nbytes)).replace(".0 ", " ")
-
-
-def _thin(timeline: list[list[float]]) -> list[tuple[float, float]]:
-    """The highest of every few points: a peak is never lost."""
-    each = math.ceil(len(timeline) / _TIMELINE)
-    pieces = (timeline[i : i + each] for i in range(0, len(timeline), each))
-    return [(t, b) for t, b in (max(piece, key=lambda point: point[1]) for piece in pieces)]
-
-
-def _binning(columns: int) -> str:
-    each = math.ceil(columns / charts.MAX_COLUMNS)
-    return f" A column is the largest of {each} neighbouring experts." if each > 1 else ""
-
-
-def _short(names: list[str]) -> list[str]:
-    """'model.layers.7.mlp.experts' -> '7', where nothing else tells the names apart."""
-    blocks = [_block_and_part(name) for name in names]
-    stems = {(block.rpartition(".")[0], part) for block, part in blocks}
-    if len(stems) == 1:
-        return [block.rpartition(".")[2] for block, _ in blocks]
-    return names
-
-
-def _block_and_part(name: str) -> tuple[str, str]:
-    """'model.layers.7.self_attn.q_proj' -> ('model.layers.7', 'self_attn.q_proj')."""
-    found = re.match(r"(.*?\.?\d+)(?:\.(.*))?$", name, re.DOTALL)
-    return (found[1], found[2] or "") if found else ("", name)
-
-
-def _breakable(name: str) -> str:
-    """A long name may go on in a new line after each _ and dot."""
-    return re.sub(r"(?<=[_.])(?=[^_.<])", "<wbr>", text(name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable
 from datetime import datetime
 
@@ -15,18 +16,24 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def text(value: object) -> str:
-    """Anything for HTML, attributes included.
+    """Anything for HTML, attributes included."""
+    return html.escape(visible(value))
 
-    What has no glyph of its own (controls, direction marks, lone surrogates) is shown as an escape:
-    a name from a checkpoint could otherwise look like another, or make the file unwritable.
+
+def visible(value: object) -> str:
+    """What has no glyph of its own (controls, direction marks, lone surrogates) as an escape.
+
+    A name from a checkpoint could otherwise look like another, or make the file unwritable.
     """
-    shown = "".join(
-        c
-        if c.isprintable() or c == "\u00a0"
-        else c.encode("unicode_escape", "surrogatepass").decode()
+    return "".join(
+        c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode()
         for c in str(value)
     )
-    return html.escape(shown)
+
+
+def breakable(name: str) -> str:
+    """A long name may go on in a new line after each _ and dot."""
+    return re.sub(r"(?<=[_.])(?=[^_.<])", "<wbr>", text(name))
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -65,7 +72,7 @@ def agreement(share: float) -> str:
 
 def _decimals(share: float) -> int:
     missing = 100 * (1 - share)
-    return min(4, max(1, -math.floor(math.log10(missing)))) if missing > 0 else 0
+    return min(4, max(1, -math.floor(math.log10(missing) + 1e-6))) if missing > 0 else 0
 
 
 def _agreement(share: float, decimals: int) -> str:
