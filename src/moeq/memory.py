@@ -16,6 +16,8 @@ import torch
 
 _SAMPLE_EVERY_SECONDS = 0.005
 
+_MOST_SAMPLES = 400
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -62,29 +64,39 @@ def without_collections() -> Iterator[None]:
 
 class PeakMemory:
     """Samples the process's anonymous memory while it is entered; or, where the weights go to a
-    CUDA device, reads the most that PyTorch had allocated there.
+    CUDA device, what PyTorch has allocated there, whose highest PyTorch itself keeps.
 
     Anonymous pages are what a process cannot give back; mapped files are left out. Read from
     /proc, so `peak_bytes` stays None where there is none (macOS). A load that fails need not leave
     it: the sampling thread ends when nobody holds the object any more.
+
+    Attributes:
+        peak_bytes: the most beyond what there was at first, once it has been left.
+        samples: (seconds since it was entered, bytes beyond what there was); some hundreds.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.peak_bytes: int | None = None
+        self.samples: list[tuple[float, int]] = []
         on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_available()
         self._device = device if on_gpu else None
         self._stop = threading.Event()
+        self._every = _SAMPLE_EVERY_SECONDS * (10 if on_gpu else 1)  # to ask PyTorch takes longer
+        self._keep_every = self._every
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
-        self._start_bytes = anonymous_bytes()
-        self._highest = self._start_bytes or 0
+        self._highest = self._first = 0
+        self._is_known = False
 
     def __enter__(self) -> PeakMemory:
+        self._started = time.perf_counter()
         if self._device is not None:
             # Before the first use of CUDA there are no statistics to reset
             torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._allocated = torch.cuda.memory_allocated(self._device)
-        elif self._start_bytes is not None:
+        first = self._now()
+        if first is not None:
+            self._first = self._highest = first
+            self._is_known = True
             self._thread.start()
         return self
 
@@ -95,69 +107,35 @@ class PeakMemory:
         trace: TracebackType | None,
     ) -> None:
         self._stop.set()
+        if not self._is_known:
+            return
+        self._thread.join()
+        self.sample()
         if self._device is not None:
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self.peak_bytes = peak - self._allocated
-        elif self._start_bytes is not None:
-            self._thread.join()
-            self.sample()
-            self.peak_bytes = self._highest - self._start_bytes
+            self._highest = torch.cuda.max_memory_allocated(self._device)
+        self.peak_bytes = self._highest - self._first
 
-    def sample(self) -> bool:
-        """Look once; False once it has been left."""
-        self._highest = max(self._highest, anonymous_bytes() or 0)
-        return not self._stop.is_set()
+    def sample(self) -> float:
+        """Look once; seconds until the next time, 0 once it has been left."""
+        now, seconds = self._now() or 0, time.perf_counter() - self._started
+        self._highest = max(self._highest, now)
+        if not self.samples or seconds - self.samples[-1][0] >= self._keep_every:
+            self.samples.append((seconds, now - self._first))
+        if len(self.samples) > _MOST_SAMPLES:
+            self.samples = self.samples[::2]
+            self._keep_every *= 2
+        return 0.0 if self._stop.is_set() else self._every
+
+    def _now(self) -> int | None:
+        if self._device is None:
+            return anonymous_bytes()
+        return torch.cuda.memory_allocated(self._device)
 
 
 def _watch(memory: weakref.ref[PeakMemory]) -> None:
-    while (watched := memory()) is not None and watched.sample():
+    while (watched := memory()) is not None and (seconds := watched.sample()):
         del watched
-        time.sleep(_SAMPLE_EVERY_SECONDS)
-
-
-class Timeline:
-    """Memory over time while it is entered: anonymous, or PyTorch's on a CUDA device.
-
-    Attributes:
-        samples: (seconds since it was entered, bytes beyond what there was then); none where the
-            system does not say. Some hundreds, however long it takes.
-    """
-
-    _MOST = 400
-
-    def __init__(self, device: torch.device) -> None:
-        self.samples: list[tuple[float, int]] = []
-        self._device = device if device.type == "cuda" else None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Timeline:
-        self._first, self._started = self._bytes(), time.perf_counter()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
-
-    def _bytes(self) -> int | None:
-        if self._device is not None:
-            return torch.cuda.memory_allocated(self._device)
-        return anonymous_bytes()
-
-    def _sample(self) -> None:
-        now = self._bytes()
-        if now is not None and self._first is not None:
-            self.samples.append((time.perf_counter() - self._started, now - self._first))
-
-    def _watch(self) -> None:
-        every = _SAMPLE_EVERY_SECONDS
-        while not self._stop.wait(every):
-            self._sample()
-            if len(self.samples) > self._MOST:
-                self.samples = self.samples[::2]
-                every *= 2
+        time.sleep(seconds)
 
 
 def anonymous_bytes() -> int | None:

@@ -28,6 +28,8 @@ class LoadReport:
         kernels: layer kind and scheme -> backend.
         notes: what a backend does differently from the letter of a scheme.
         kept: layer -> the rule that kept it unquantized.
+        timeline: (seconds, bytes beyond what the process had) while it loaded; none where memory
+            cannot be read.
     """
 
     expert_bytes_before: int
@@ -41,6 +43,7 @@ class LoadReport:
     kernels: dict[str, str]
     notes: tuple[str, ...]
     kept: dict[str, str]
+    timeline: tuple[tuple[float, int], ...] = ()
 
     @property
     def gb_per_second(self) -> float:
@@ -48,8 +51,10 @@ class LoadReport:
         return self.total_bytes_before / GB / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self) | {"gb_per_second": self.gb_per_second}
+        """For JSON, without the timeline."""
+        entries = dataclasses.asdict(self) | {"gb_per_second": self.gb_per_second}
+        del entries["timeline"]
+        return entries
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -77,6 +82,7 @@ def make_report(
     *,
     model_bytes: int,
     peak: int | None,
+    timeline: tuple[tuple[float, int], ...],
     seconds: float,
     kernels: dict[str, str],
     notes: tuple[str, ...],
@@ -94,6 +100,7 @@ def make_report(
         kernels=kernels,
         notes=notes,
         kept=plan.kept,
+        timeline=timeline,
     )
 
 

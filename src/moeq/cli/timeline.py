@@ -21,22 +21,17 @@ def timeline_of(folder: Path, quantization: dict[str, Any], device: str) -> dict
 
 
 def _load(folder: Path, quantization: dict[str, Any], device: str) -> dict[str, Any]:
-    import torch
-
     from moeq.cli.schemes import quiet_transformers
     from moeq.config import OnlineQuantizationConfig
     from moeq.engines.load import load, report_of
-    from moeq.memory import Timeline
 
     quiet_transformers()
     config: OnlineQuantizationConfig = OnlineQuantizationConfig.from_dict(quantization)
-    with Timeline(torch.device(device)) as memory:
-        model = load(folder, config, device=device)
-    report = report_of(model)
+    report = report_of(load(folder, config, device=device))
     return {
         "seconds": report.seconds,
         "planned_peak_bytes": report.peak_bytes_planned,
         "actual_peak_bytes": report.peak_bytes_actual,
         "final_bytes": report.total_bytes_after,
-        "timeline": memory.samples,
+        "timeline": report.timeline,
     }

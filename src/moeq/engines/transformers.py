@@ -245,6 +245,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.plan,
             model_bytes=local_bytes(model),
             peak=self._memory.peak_bytes,
+            timeline=tuple(self._memory.samples),
             seconds=time.perf_counter() - self._started,
             kernels=self._kernels(),
             notes=self._notes(),
