@@ -58,6 +58,7 @@ def test_commands_of_the_command_line_run(tmp_path: Path) -> None:
             continue  # tests/cli runs it
         result = subprocess.run(
             [sys.executable, "-m", "moeq.cli", *words],
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=300,

@@ -345,3 +345,12 @@ def test_days() -> None:
     assert words.day("2026-11-23T17:00:00+00:00") == "23 November 2026, 17:00 UTC"
     assert words.day("2026-11-23T17:00:00") == "23 November 2026, 17:00"
     assert words.day("yesterday") == "yesterday"
+
+
+def test_says_what_was_not_seen_and_what_kernels_do_otherwise() -> None:
+    result = make_result()
+    assert "does not reach" not in render(result)
+    result["schemes"][1] |= {"unseen": ["visual.0", "visual.1"], "notes": ["<b>no fp8 units"]}
+    page = render(result)
+    assert "2 quantized layers that text does not reach are not in it" in page
+    assert "&lt;b&gt;no fp8 units" in page

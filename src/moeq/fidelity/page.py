@@ -116,6 +116,9 @@ def _verdicts(result: Result) -> str:
         covered = scheme.get("coverage", 1.0)
         if covered < 1:
             parts.append(f"only {agreement(covered)} of expert weights are quantized")
+        if unseen := scheme.get("unseen"):
+            parts.append(f"{len(unseen):,} quantized layers that text does not reach are not in it")
+        parts += [text(note) for note in scheme.get("notes") or ()]
         items.append(
             f'<li>{key_mark(index)}<span class="name-of">{text(scheme["scheme"])}</span>:'
             f" {'; '.join(parts)}.</li>\n"
