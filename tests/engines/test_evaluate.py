@@ -17,7 +17,7 @@ from torch import Tensor
 import moeq
 from moeq import OnlineQuantizationConfig
 from moeq.embedded import held_out_text, model_folder
-from moeq.engines import evaluate as module
+from moeq.engines import passes
 from moeq.engines.evaluate import evaluate
 from moeq.engines.load import load_tokenizer
 from moeq.errors import CheckpointError, ConfigError, ModelError, NonFiniteError, PatternError
@@ -98,7 +98,7 @@ def without_times(found: Any) -> dict[str, Any]:
 def test_is_the_same_in_several_readings(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluated(qwen, INT8, FP8, windows=5)
     read: list[int] = []
-    monkeypatch.setattr(module, "_IN_FLIGHT", 1)
+    monkeypatch.setattr(passes, "_IN_FLIGHT", 1)
     parts = evaluated(qwen, INT8, FP8, windows=5, progress=lambda done, total: read.append(total))
     assert without_times(parts) == without_times(whole)
     once = sum(f.stat().st_size for f in qwen.glob("*.safetensors"))
@@ -220,7 +220,7 @@ def test_a_failing_pass_leaves_nothing_behind(qwen: Path, monkeypatch: pytest.Mo
     def fail(*args: Any) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(module, "divergence", fail)
+    monkeypatch.setattr(passes, "divergence", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         evaluated(qwen, INT8)
     monkeypatch.undo()
