@@ -216,6 +216,15 @@ def test_a_weight_that_is_no_number_is_named(qwen: Path) -> None:
         evaluated(qwen, INT8)
 
 
+def test_logits_that_are_no_numbers_are_named(qwen: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"][5] = torch.nan
+
+    rewrite(qwen, spoil)
+    with pytest.raises(ModelError, match="logits of window 0 are not numbers with the original"):
+        evaluated(qwen, INT8)
+
+
 def test_a_failing_pass_leaves_nothing_behind(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("on purpose")

@@ -83,7 +83,7 @@ def evaluate(
     plans = [next(iter(plan_load(empty, specs, c, [target_device]))) for c in configs]
     with PeakMemory(target_device) as memory, torch.no_grad():
         deferred = load_deferred(folder, configs, target_device)
-        passes = Passes(deferred, configs, windows, target_device)
+        passes = Passes(deferred, quantizations, windows, target_device)
         passes.run(progress)
     reference = passes.scores[None]
     described = zip(quantizations.items(), plans, strict=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,7 +60,7 @@ class Scores:
     windows: int
     seconds: float = 0.0
     found: dict[str, dict[int, Values]] = field(default_factory=dict)
-    routers: dict[int, list[Values]] = field(default_factory=dict)
+    routers: dict[int, Values] = field(default_factory=dict)
     by_layer: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, window: int, **values: Tensor) -> None:
@@ -68,7 +68,8 @@ class Scores:
             self.found.setdefault(name, {})[window] = tensor.double().numpy()
 
     def add_router(self, layer: str, window: int, agreement: Tensor) -> None:
-        self.routers.setdefault(window, []).append(agreement.double().cpu().numpy())
+        found = agreement.double().cpu().numpy()
+        self.routers[window] = self.routers[window] + found if window in self.routers else found
         self.by_layer.setdefault(layer, []).append(float(agreement.mean()))
 
     def values(self, name: str) -> Values:
@@ -78,7 +79,7 @@ class Scores:
     def router_values(self) -> Values | None:
         if not self.routers:
             return None
-        return np.concatenate([np.mean(self.routers[w], axis=0) for w in range(self.windows)])
+        return np.concatenate([self.routers[w] for w in range(self.windows)]) / len(self.by_layer)
 
 
 class Passes:
@@ -87,19 +88,19 @@ class Passes:
     def __init__(
         self,
         deferred: Deferred,
-        configs: Sequence[OnlineQuantizationConfig],
+        quantizations: Mapping[str, OnlineQuantizationConfig],
         windows: Tensor,
         device: torch.device,
     ) -> None:
         self._deferred = deferred
-        self._configs = configs
+        self._names, self._configs = list(quantizations), list(quantizations.values())
         self.windows = windows
         self._device = device
         decisions = deferred.decisions
         self.targets = [{t.shape.name: t for t in decision.targets} for decision in decisions]
         served = {name: t for targets in self.targets for name, t in targets.items()}
         self._served: dict[str, Target] = served
-        models = (None, *range(len(configs)))
+        models = (None, *range(len(quantizations)))
         self.scores = {model: Scores(len(windows)) for model in models}
         self.noise = Scores(len(windows))
         self.hits: dict[str, Tensor] = {}
@@ -270,6 +271,12 @@ class Passes:
                 self._reference[w] = rows
                 for old in [other for other in self._reference if other < w - 1]:
                     del self._reference[old]
+            if not bool((rows.amax(-1) < torch.inf).all()):  # NaN is not either
+                model = "the original" if each.config is None else self._names[each.config]
+                raise ModelError(
+                    f"logits of window {w} are not numbers with {model}",
+                    hint="the weights overflow in the model's dtype; nothing can be compared",
+                )
             ids = self.windows[w, 1:].to(rows.device)
             kl, agrees = divergence(self._reference[w], rows)
             scores.add(w, kl=kl, agrees=agrees, log_likelihoods=log_likelihoods(rows, ids))
