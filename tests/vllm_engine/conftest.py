@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MOEQ_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
 WORKER = Path(__file__).with_name("worker.py")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""vLLM's, and that of the loads it is compared with."""
 
 Job = Callable[..., dict[str, Any]]
 

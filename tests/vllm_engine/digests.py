@@ -12,7 +12,7 @@ def digests(model: Any) -> dict[str, str]:
 
     return {
         name: hashlib.sha256(
-            parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         ).hexdigest()
         for name, parameter in model.named_parameters()
         if name.endswith(("_codes", "_scale"))

@@ -319,6 +319,10 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 hint="the checkpoint is damaged or incomplete",
             )
         self._method.load(layer, weight, self._name, weight.device, amax=self._whole_amax(weight))
+        if not bool(finite_scales(layer)):  # nothing else looks for Inf on a GPU
+            raise CheckpointError(
+                f"{self._name}.weight: Inf among its values", hint="the checkpoint is damaged"
+            )
         del layer.weight
         self._method.process_weights_after_loading(layer)
         # Latent attention asks where it is, and then multiplies by the identity. No parameter

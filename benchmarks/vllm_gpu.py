@@ -1,14 +1,15 @@
-"""Checkpoints in compressed-tensors, in vLLM's own engine on a GPU, against moeq's engine.
+"""moeq's schemes in vLLM's own engine on a GPU, against moeq's engine: the plugin, and checkpoints.
 
-    python benchmarks/compressed_tensors_gpu.py [--rows NAME ...] [--folder FOLDER]
+    python benchmarks/vllm_gpu.py [--rows NAME ...] [--folder FOLDER]
 
-Makes a small Qwen3-MoE checkpoint with random weights, has `moeq quantize --format
-compressed-tensors` write it under each scheme, and has vLLM, without moeq's plugin, say the
-log-probabilities of random prompts' tokens. Columns: mean |difference| in nats a token
+Makes a small Qwen3-MoE checkpoint with random weights, and has vLLM say the log-probabilities of
+random prompts' tokens: in rows `moeq_SCHEME` by moeq's plugin, which quantizes the checkpoint as it
+loads; in the others without it, from what `moeq quantize --format compressed-tensors` wrote.
+Columns: mean |difference| in nats a token
 
-    vs moeq     vLLM on the folder, moeq.load (transformers, the same GPU) with the scheme
+    vs moeq     vLLM, moeq.load (transformers, the same GPU) with the scheme
     floor       moeq.load with the scheme, the same with another attention: what rounding does
-    control     as `vs moeq`, but the folder is of a checkpoint whose gates and ups are exchanged:
+    control     as `vs moeq`, but the checkpoint's gates and ups are exchanged for vLLM:
                 what a comparison of the wrong experts looks like
     vs bf16     moeq.load with the scheme, transformers in bf16: what the scheme costs
 
@@ -56,11 +57,13 @@ class Row:
         scheme: what the checkpoint is quantized with.
         reference: for `moeq.load`, a scheme's name or JSON; empty for the scheme.
         environment: vLLM's.
+        by_plugin: whether vLLM quantizes the checkpoint while it loads.
     """
 
     scheme: str
     reference: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    by_plugin: bool = False
 
 
 ROWS = {
@@ -72,7 +75,13 @@ ROWS = {
     "fp8_per_block": Row("fp8_per_block"),
     "fp8_per_block/fp32-scales": Row("fp8_per_block", environment={"VLLM_USE_DEEP_GEMM_E8M0": "0"}),
     WEIGHT_ONLY: Row(WEIGHT_ONLY),
-}
+    **{
+        f"moeq_{scheme}": Row(scheme, environment={"VLLM_PLUGINS": "moeq"}, by_plugin=True)
+        for scheme in (
+            WEIGHT_ONLY, "int8_per_channel", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"
+        )
+    },
+}  # fmt: skip
 
 
 def prompts() -> list[list[int]]:
@@ -127,12 +136,13 @@ def exchange(source: Path, folder: Path) -> None:
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
 
 
-def of_vllm(folder: str) -> Logprobs:
+def of_vllm(folder: str, quantization: str = "") -> Logprobs:
     """In a process of its own."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         folder,
+        quantization=quantization or None,
         dtype="bfloat16",
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -190,7 +200,7 @@ def in_process(log: Path, environment: dict[str, str], *words: str) -> Logprobs 
     result = log.with_suffix(".json")
     command = [sys.executable, __file__, "--one", str(result), *words]
     own = {
-        "VLLM_PLUGINS": "",  # none: not moeq's either
+        "VLLM_PLUGINS": "",  # none, unless the row says moeq's
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -209,7 +219,7 @@ def in_process(log: Path, environment: dict[str, str], *words: str) -> Logprobs 
 
 def kernels(log: Path) -> list[str]:
     """What vLLM's log says of the kernels that it chose."""
-    found = re.findall(r"\] ((?:Using|Selected) .*?)(?: out of .*)?$", log.read_text(), re.M)
+    found = re.findall(r"\] ((?:Using|Selected|moeq:) .*?)(?: out of .*)?$", log.read_text(), re.M)
     return sorted({line for line in found if re.search("(?i)backend|kernel|method", line)})
 
 
@@ -239,7 +249,7 @@ def compare(folder: Path, rows: dict[str, Row], parallel: int) -> int:
         make(source)
     if not broken.exists():
         exchange(source, broken)
-    schemes = {row.scheme for row in rows.values()}
+    schemes = {row.scheme for row in rows.values() if not row.by_plugin}
     jobs: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {}
 
     def moeq(reference: str) -> tuple[str, str]:
@@ -250,18 +260,22 @@ def compare(folder: Path, rows: dict[str, Row], parallel: int) -> int:
             jobs[names[-1]] = {}, ("moeq", str(source), reference, attention)
         return names[0], names[1]
 
-    def vllm(path: Path, environment: dict[str, str]) -> str:
+    def vllm(path: Path, environment: dict[str, str], quantization: str = "") -> str:
         """The name of a run."""
-        name = "_".join(["vllm", path.name, *environment])
-        jobs[name] = environment, ("vllm", str(path))
+        name = "_".join(["vllm", path.name, *environment, quantization]).strip("_")
+        jobs[name] = environment, ("vllm", str(path), quantization)
         return name
 
     runs = {BF16: (vllm(source, {}), *moeq(BF16), vllm(broken, {}))}
     for name, row in rows.items():
+        right, wrong = folder / row.scheme, folder / f"exchanged_{row.scheme}"
+        if row.by_plugin:
+            right, wrong = source, broken
+        quantization = name if row.by_plugin else ""
         runs[name] = (
-            vllm(folder / row.scheme, row.environment),
+            vllm(right, row.environment, quantization),
             *moeq(row.reference or row.scheme),
-            vllm(folder / f"exchanged_{row.scheme}", row.environment),
+            vllm(wrong, row.environment, quantization),
         )
     with ThreadPoolExecutor(parallel) as pool:
         for job in [
@@ -292,13 +306,13 @@ def compare(folder: Path, rows: dict[str, Row], parallel: int) -> int:
     if values:
         mean = sum(values) / len(values)
         print(f"{len(values)} tokens, whose mean log-probability in bf16 is {mean:.3f}")
-    print(f"{'':30}{'vs moeq':>9}{'floor':>9}{'control':>9}{'vs bf16':>9}")
+    print(f"{'':35}{'vs moeq':>9}{'floor':>9}{'control':>9}{'vs bf16':>9}")
     agree = len(found) == len(outcomes)
     for name, (own, reference, again, control) in runs.items():
         delta, wrong = between(own, reference), between(control, reference)
         cells = delta, between(again, reference), wrong, between(reference, unquantized)
         texts = ["-" if cell is None else f"{cell:.4f}" for cell in cells]
-        print(f"{name:30}" + "".join(f"{text:>9}" for text in texts))
+        print(f"{name:35}" + "".join(f"{text:>9}" for text in texts))
         agree &= delta is not None and wrong is not None and delta < wrong / 5
     return 0 if agree else 1
 
