@@ -129,12 +129,12 @@ def _say_plan(folder: Path, config: OnlineQuantizationConfig, device: str) -> No
     import torch
 
     from moeq.checkpoint.folder import checkpoint_files
-    from moeq.checkpoint.headers import read_headers
+    from moeq.checkpoint.encodings import read_specs
     from moeq.engines.load import empty_model
     from moeq.engines.planning import plan_load
     from moeq.report import size
 
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     (plan,) = plan_load(empty_model(folder), specs, config, (torch.device(device),))
     click.echo(
         f"experts  {size(plan.expert_bytes)} -> {size(plan.final_expert_bytes)}"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.encodings import read_specs
+from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.evaluate import evaluate
 from moeq.engines.hf_deferred import load_deferred, read_experts
@@ -130,7 +131,7 @@ def choose_mixture(
         ConfigError: nothing fits; says what is missing.
     """
     empty = empty_model(folder)
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     cache = cache_bytes(empty, context) or 0
     options = layer_options(empty, specs, configs, errors)
     original = sum(mine[0].nbytes for mine in options.values())

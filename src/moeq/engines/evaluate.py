@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import read_headers
+from moeq.checkpoint.encodings import read_specs
 from moeq.checkpoint.hub import resolve_model
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import Deferred, load_deferred, own_parameters, read_experts
@@ -98,7 +98,7 @@ def evaluate(
     windows = cut(ids, empty, window)
     target_device = torch.device(device)
     configs = list(quantizations.values())
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     plans = [next(iter(plan_load(empty, specs, c, [target_device]))) for c in configs]
     with PeakMemory(target_device) as memory, torch.no_grad():
         deferred = load_deferred(folder, configs, target_device)

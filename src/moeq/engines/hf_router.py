@@ -21,12 +21,14 @@ from moeq.plan import Part, Source
 
 @dataclass(frozen=True)
 class Route:
-    """One key: after renamings, where it ends, and the conversion pattern it met on the way."""
+    """One tensor: its key after renamings, where it ends, the conversion pattern it met on the way,
+    and the keys, after renamings, of what is stored for it."""
 
     spec: TensorSpec
     renamed: str
     parameter: str
     pattern: str | None
+    stored: tuple[str, ...]
 
 
 class Router:
@@ -51,15 +53,20 @@ class Router:
         """The way of one tensor, and the entry of the table that converts it, if one does."""
         from transformers.core_model_loading import rename_source_key
 
-        key = renamed = spec.name
-        for renaming in self._renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
+        key = spec.name
+        renamed = self._renamed(key)
         parameter, pattern = rename_source_key(
             renamed, [], self._converters, self._prefix, self._known
         )
         if parameter not in self._known and key in self._known:
             parameter, pattern = key, None
-        return Route(spec, renamed, parameter, pattern), self._by_pattern.get(pattern)
+        stored = tuple(map(self._renamed, spec.keys))
+        return Route(spec, renamed, parameter, pattern, stored), self._by_pattern.get(pattern)
+
+    def _renamed(self, key: str) -> str:
+        for renaming in self._renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key
 
     def knows(self, parameter: str) -> bool:
         return parameter in self._known
@@ -83,6 +90,7 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
     transposed = bool(getattr(module, "is_transposed", False)) and not is_bias
     interleaved = part == "gate_up" and not getattr(module, "is_concatenated", True)
     if route.pattern is None:
+        transposed = transposed != route.spec.is_flipped
         return Source(route.spec, part, None, transposed, interleaved, is_bias)
     names = [type(operation).__name__ for operation in converter.operations]
     expert = None
@@ -108,6 +116,7 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
             " streaming",
             hint=f"to leave the layer unquantized, add {target.shape.name!r} to ignore",
         )
+    transposed = transposed != route.spec.is_flipped
     return Source(route.spec, part, expert, transposed, interleaved, is_bias)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeq.checkpoint.encodings import EncodedSpec
 from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_router import Route, Router, fed_by, source_of
@@ -47,6 +48,11 @@ class Routes:
     plain: dict[str, TensorSpec]
     plain_claims: dict[str, str]
     dropped: tuple[str, ...]
+
+    @property
+    def encoded(self) -> dict[str, TensorSpec]:
+        """Those of `plain` that are stored as codes, which transformers would take for numbers."""
+        return {p: spec for p, spec in self.plain.items() if isinstance(spec, EncodedSpec)}
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def find_routes(
         sources[parameter] = tuple(
             source_of(route, converter, target, name, parameter) for route in routes
         )
-        claims.update({route.renamed: parameter for route in routes})
+        claims.update({key: parameter for route in routes for key in route.stored})
     plans = []
     for target in targets:
         mine = tuple(
@@ -181,7 +187,7 @@ def find_routes(
         claims,
         sources,
         {parameter: route.spec for parameter, route in plain.items()},
-        {route.renamed: parameter for parameter, route in plain.items()},
+        {key: parameter for parameter, route in plain.items() for key in route.stored},
         tuple(spec.name for spec in dropped),
     )
 

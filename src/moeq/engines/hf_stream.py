@@ -1,7 +1,7 @@
 """Every tensor that moeq reads itself, in one stream, into the layers of a transformers model.
 
-On a CPU those are the sources of quantized layers; the rest transformers maps from the file. For a
-GPU they are all tensors that no conversion touches: copies from pinned memory, beside the quantized
+On a CPU those are the sources of quantized layers, and what is kept but stored as codes; the rest
+transformers maps from the file. For a GPU they are all tensors that no conversion touches: copies from pinned memory, beside the quantized
 ones, take a tenth of the time of transformers' own.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeq.checkpoint.encodings import DECODING
 from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.ring import Event, Ring, feed
 from moeq.checkpoint.stream import (
@@ -94,8 +95,8 @@ class LayerStream:
         decision: which tensors go where.
         methods: by the layer's name; filled in before `run`.
         device: where everything ends up.
-        kept: further tensors, by a name under which `tensors` has their place; where absent, for a
-            GPU those that no conversion touches.
+        kept: further tensors, by a name under which `tensors` has their place; where absent, those
+            that no conversion touches: for a GPU all, for a CPU those that are stored as codes.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class LayerStream:
         self._targets = decision.targets
         self._state = model.state_dict()
         if kept is None:
-            kept = decision.routes.plain if streams_kept(device) else {}
+            kept = decision.routes.plain if streams_kept(device) else decision.routes.encoded
         self.kept = kept
         self.maps_rest = not streams_kept(device)  # what transformers loads
         self.tensors: dict[str, Tensor] = {}
@@ -119,19 +120,21 @@ class LayerStream:
         self._modules = {target.shape.name: target.module for target in self._targets}
         self._pieces = [p for t in self._targets for p in pieces_of(t, sources[t.shape.name])]
         self._pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
-        total = sum(piece.nbytes for piece in self._pieces)
+        total = sum(piece.held_bytes for piece in self._pieces)
         on_gpu = device.type == "cuda"
         size = _GPU_CHUNK if on_gpu else CHUNK_BYTES
         self._chunks = chunks_of(self._pieces, min(size, max(1 << 20, total // 64)))
-        largest = max((chunk.nbytes for chunk in self._chunks), default=0)
-        piece = max((piece.nbytes for piece in self._pieces), default=0)
+        largest = max((chunk.buffer_bytes for chunk in self._chunks), default=0)
+        decoded = max((chunk.decoded_bytes for chunk in self._chunks), default=0)
+        piece = max((piece.held_bytes for piece in self._pieces), default=0)
         # A small checkpoint is read in no time, and a window would be most of what it takes
         limit = min(_RING if on_gpu else _WINDOW, available_bytes() // 4, total // 8)
         # A CPU's worker has its chunk, a transposed and a waiting copy, and temporaries; of a GPU's
         # buffers some are read into while one is copied
         each = largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
-        # Columns of down are copies until their chunk is done
+        # Columns of down, and what is decoded, are copies until their chunk is done
         copies = largest if any(t.shape.local_channels for t in self._targets) else 0
+        copies += decoded + min(DECODING, decoded)
         each += 0 if on_gpu else copies
         # On a CPU some wait for the disk while others quantize
         wanted = min(os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2, _MOST_WORKERS)
@@ -185,7 +188,7 @@ class LayerStream:
 
             def use(chunk: Chunk, buffer: Tensor) -> Event:
                 with torch.cuda.stream(next(turns)):
-                    self._use(chunk, buffer[: chunk.nbytes].to(device, non_blocking=True))
+                    self._use(chunk, buffer[: chunk.buffer_bytes].to(device, non_blocking=True))
                     event: Event = torch.cuda.current_stream().record_event()
                     return event
 
@@ -199,6 +202,8 @@ class LayerStream:
         for piece, span in chunk.spans(buffer):
             if isinstance(piece.key, _Kept):
                 tensor = span.tensor()
+                if piece.spec.is_flipped:
+                    tensor = tensor.mT
                 kept, first = self.tensors[piece.key.parameter], piece.key.first
                 (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
                 continue
@@ -343,7 +348,7 @@ def _local_rows(piece: Piece, shape: LayerShape) -> list[Piece]:
 def _kept(parameter: str, spec: TensorSpec) -> list[Piece]:
     if not spec.shape or not spec.nbytes:
         return [whole(spec, _Kept(parameter, 0))]
-    step = max(1, CHUNK_BYTES // (spec.nbytes // spec.shape[0]))
+    step = max(1, CHUNK_BYTES // (spec.held_bytes // spec.shape[0]))
     return [
         rows(spec, _Kept(parameter, first), first, min(step, spec.shape[0] - first))
         for first in range(0, spec.shape[0], step)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from moeq.checkpoint.cache import identity
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.encodings import read_specs
+from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import Finished, map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
@@ -75,7 +76,7 @@ def quantize_checkpoint(
         raise ConfigError(
             f"{folder} is already quantized by moeq", hint="start from the unquantized checkpoint"
         )
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     empty = empty_model(folder)
     decision = decision_for(empty, specs, config)
     plan = load_plan(empty, decision, specs, LayerStream(empty, decision, {}, _CPU))

@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.encodings import read_specs
+from moeq.checkpoint.headers import TensorSpec
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
@@ -160,7 +161,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._memory = PeakMemory(self._device)
         self._memory.__enter__()
         with without_collections():
-            self._specs = read_headers([Path(file) for file in files])
+            self._specs = read_specs([Path(file) for file in files])
         self._targets, self._kept = find_targets(model, self.quantization_config)
         self.ranks = ranks_of(model)
         if self.ranks is not None:
