@@ -7,6 +7,7 @@ plainly as possible, and held against transformers' own decoding where that can.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class Published:
         stored, decoded = self.encode(transformers.modeling_utils.load_state_dict(file))
         save_file(decoded, file, metadata={"format": "pt"})
         published = folder / "published"
-        published.mkdir()
+        shutil.copytree(original, published)
         save_file(stored, published / file.name, metadata={"format": "pt"})
         config = json.loads((original / "config.json").read_text())
         config["quantization_config"] = self.quantization

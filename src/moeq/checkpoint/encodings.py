@@ -193,17 +193,8 @@ def check_scales(spec: EncodedSpec, first: int, scales: memoryview) -> None:
     )
 
 
-def quantization_of(entries: Mapping[str, Any]) -> Any:
-    """What config.json says about how the checkpoint is quantized; None where it is not."""
-    for part in (entries, entries.get("text_config")):
-        found = part.get("quantization_config") if isinstance(part, dict) else None
-        if found is not None:
-            return found
-    return None
-
-
 def is_encoded(quantization: Any) -> bool:
-    """Whether a checkpoint is quantized in a way that is decoded here."""
+    """Whether a checkpoint of which config.json says this is decoded here."""
     if not isinstance(quantization, dict):
         return False
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
@@ -223,7 +214,9 @@ def read_specs(files: Iterable[Path]) -> dict[str, TensorSpec]:
         entries = json.loads((files[0].parent / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # whoever needs a config complains
         return specs
-    return logical(specs, quantization_of(entries) if isinstance(entries, dict) else None)
+    return logical(
+        specs, entries.get("quantization_config") if isinstance(entries, dict) else None
+    )
 
 
 def logical(specs: Mapping[str, TensorSpec], quantization: Any) -> dict[str, TensorSpec]:

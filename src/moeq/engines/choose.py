@@ -120,7 +120,7 @@ def choose_mixture(
     """The scheme of every layer with which a model fits and errs least.
 
     Args:
-        folder: of the unquantized checkpoint.
+        folder: of the original checkpoint.
         configs: whose schemes are the options, by layer.
         errors: of them.
         memory: bytes that there are for weights, loading, and the cache.
@@ -135,7 +135,7 @@ def choose_mixture(
     cache = cache_bytes(empty, context) or 0
     options = layer_options(empty, specs, configs, errors)
     original = sum(mine[0].nbytes for mine in options.values())
-    rest = sum(spec.nbytes for spec in specs.values()) - original
+    rest = sum(spec.held_bytes for spec in specs.values()) - original
     # Loading takes a window beyond the weights, which is known only once the schemes are
     spare = cache
     while True:
@@ -172,7 +172,7 @@ def layer_options(
     for config in configs.values():
         for layer in decision_for(empty, specs, config).routes.plans:
             name, scheme = layer.shape.name, layer.scheme
-            mine = options.setdefault(name, [Option(None, layer.source_bytes, 0.0)])
+            mine = options.setdefault(name, [Option(None, layer.original_bytes, 0.0)])
             if (name, scheme) in errors and all(o.scheme is not scheme for o in mine):
                 mine.append(Option(scheme, layer.final_bytes, errors[name, scheme]))
     for mine in options.values():

@@ -35,7 +35,7 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import Deferred, load_deferred, own_parameters, read_experts
 from moeq.engines.hf_layers import QuantizedLayer, quantize_experts, quantize_linear
 from moeq.engines.hf_structure import Target
-from moeq.engines.load import check_folder, empty_model
+from moeq.engines.load import check_folder, empty_model, is_saved
 from moeq.engines.lockstep import Call, in_lockstep
 from moeq.engines.planning import plan_load
 from moeq.errors import CheckpointError, ConfigError, ModelError
@@ -74,7 +74,8 @@ def evaluate(
     """Compare a model under some schemes with the original, on the same text.
 
     Args:
-        model: a folder with an unquantized checkpoint, or an id on the Hugging Face hub.
+        model: a folder with a checkpoint that moeq did not write, or an id on the Hugging Face hub.
+            Where it is published quantized, the original is what its codes stand for, in bf16.
         quantizations: configs, each by a name for it.
         ids: token ids [N]; what does not fill a window at the end is left out.
         device: "cpu", "cuda", ...
@@ -89,9 +90,9 @@ def evaluate(
     if not quantizations:
         raise ConfigError("no scheme to evaluate", hint="name at least one")
     folder = resolve_model(model)
-    if check_folder(folder).get("quantization_config") is not None:
+    if is_saved(check_folder(folder)):
         raise ConfigError(
-            f"{folder} is already quantized, and nothing is left to compare it with",
+            f"{folder} is already quantized by moeq, and nothing is left to compare it with",
             hint="evaluate the original checkpoint under its scheme: same bytes, same result",
         )
     empty = empty_model(folder)

@@ -32,11 +32,7 @@ def load_plan(
         window_bytes=layers.window_bytes,
         host_bytes=layers.host_bytes,
         mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
-        decoded_bytes=sum(
-            spec.held_bytes - spec.nbytes
-            for parameter, spec in decision.routes.plain.items()
-            if parameter in layers.kept
-        ),
+        decoded_bytes=sum(spec.held_bytes - spec.nbytes for spec in decision.routes.decoded),
     )
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeq.checkpoint.headers import TensorSpec
-from moeq.engines.hf_structure import Target
 from moeq.errors import CheckpointError, ModelError
-from moeq.plan import Part, Source
+from moeq.plan import LayerShape, Part, Source
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,19 @@ def fed_by(route: Route, converter: Any) -> list[str]:
     return [route.parameter, *(route.parameter.replace(first, other) for other in others)]
 
 
-def source_of(route: Route, converter: Any, target: Target, name: str, parameter: str) -> Source:
-    """What one tensor is to the layer, read off the operations that its conversion lists."""
-    module: Any = target.module
+def source_of(route: Route, converter: Any, module: Any, shape: LayerShape, name: str) -> Source:
+    """What one tensor is to a layer, read off the operations that its conversion lists.
+
+    Args:
+        route: of the tensor.
+        converter: the entry of the table that converts it, if one does.
+        module: the layer, its original parameters in place.
+        shape: its sizes.
+        name: of the parameter that the tensor feeds.
+
+    Raises:
+        ModelError: operations that moeq does not know.
+    """
     is_bias = name.endswith("_bias")
     part: Part = "down" if name.startswith("down") or name == "weight" else "up"
     if name.startswith("gate_up"):
@@ -101,7 +110,7 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
         part = "gate" if route.pattern == converter.source_patterns[0] else "up"
         names = []
     elif names == ["Transpose"] and expert is None and not is_bias:
-        n, k = target.shape.matrix_shape(part)
+        n, k = shape.matrix_shape(part)
         as_is = (k, n) if transposed else (n, k)
         if not (converter.operations[0].check_dims and route.spec.shape[1:] == as_is):
             transposed = not transposed
@@ -111,10 +120,10 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
         names = []
     if names:
         raise ModelError(
-            f"{parameter}: transformers builds it from {route.spec.name!r} by"
+            f"{shape.name}.{name}: transformers builds it from {route.spec.name!r} by"
             f" {[type(o).__name__ for o in converter.operations]}, which moeq cannot do while"
             " streaming",
-            hint=f"to leave the layer unquantized, add {target.shape.name!r} to ignore",
+            hint=f"to leave the layer unquantized, add {shape.name!r} to ignore",
         )
     transposed = transposed != route.spec.is_flipped
     return Source(route.spec, part, expert, transposed, interleaved, is_bias)

@@ -33,7 +33,7 @@ from moeq.checkpoint.stream import (
     whole,
 )
 from moeq.config import OnlineQuantizationConfig
-from moeq.engines.hf_routes import Decision
+from moeq.engines.hf_routes import Decision, KeptExperts
 from moeq.engines.hf_structure import Target
 from moeq.memory import available_bytes
 from moeq.methods.base import OnlineMoEMethodBase
@@ -87,6 +87,16 @@ class _Kept:
     first: int
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """A piece of experts that are kept, but merged: one matrix or bias of one expert."""
+
+    module: nn.Module
+    parameter: str
+    source: Source
+    expert: int
+
+
 class LayerStream:
     """One load.
 
@@ -120,6 +130,8 @@ class LayerStream:
         self._modules = {target.shape.name: target.module for target in self._targets}
         self._pieces = [p for t in self._targets for p in pieces_of(t, sources[t.shape.name])]
         self._pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
+        self._merged = decision.routes.kept_experts
+        self._pieces += [piece for experts in self._merged for piece in _merged(experts)]
         total = sum(piece.held_bytes for piece in self._pieces)
         on_gpu = device.type == "cuda"
         size = _GPU_CHUNK if on_gpu else CHUNK_BYTES
@@ -170,6 +182,10 @@ class LayerStream:
             if name not in self.tensors:
                 dtype = self._state[name].dtype
                 self.tensors[name] = torch.empty(spec.shape, dtype=dtype, device=self._device)
+        for experts in self._merged:
+            for name in experts.sources:
+                like = self._state[name]
+                self.tensors[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
         if self._ring is not None:
             self._feed_gpu(self._ring, on_bytes)
         else:
@@ -206,6 +222,12 @@ class LayerStream:
                     tensor = tensor.mT
                 kept, first = self.tensors[piece.key.parameter], piece.key.first
                 (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
+                continue
+            if isinstance(piece.key, _Merged):
+                merged = piece.key
+                tensor = self.tensors[merged.parameter]
+                for expert, part, arrived, _ in arrivals_of(merged.source, merged.expert, span):
+                    _place(tensor[expert], merged.module, part).copy_(arrived.tensor())
                 continue
             target, source = piece.key.target, piece.key.source
             method, name = self._methods[target.shape.name], target.shape.name
@@ -343,6 +365,31 @@ def _local_rows(piece: Piece, shape: LayerShape) -> list[Piece]:
         mine = dataclasses.replace(key, source=dataclasses.replace(key.source, part=part))
         pieces.append(Piece(piece.spec, mine, begin, (len(channels), *rest)))
     return pieces
+
+
+def _merged(experts: KeptExperts) -> list[Piece]:
+    pieces = []
+    for parameter, sources in experts.sources.items():
+        for source in sources:
+            if source.expert is not None:
+                key = _Merged(experts.module, parameter, source, source.expert)
+                pieces.append(whole(source.spec, key))
+                continue
+            for expert in range(experts.shape.num_experts):
+                key = _Merged(experts.module, parameter, source, expert)
+                pieces.append(matrix(source.spec, key, expert))
+    return pieces
+
+
+def _place(tensor: Tensor, module: Any, part: Part) -> Tensor:
+    """One projection [N, K], or [N] of a bias, in an expert's tensor as the module lays it out."""
+    if module.is_transposed and tensor.ndim == 2:
+        tensor = tensor.mT
+    if part == "down" or not module.has_gate:
+        return tensor
+    if module.is_concatenated:
+        return tensor.chunk(2)[part == "up"]
+    return tensor[part == "up" :: 2]
 
 
 def _kept(parameter: str, spec: TensorSpec) -> list[Piece]:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from moeq.checkpoint.cache import cache_folder, entry_name, intact, making
-from moeq.checkpoint.encodings import KNOWN, is_encoded, quantization_of as source_quantization
+from moeq.checkpoint.encodings import KNOWN, is_encoded
 from moeq.checkpoint.folder import VARIANT, checkpoint_files
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import check_manifest
@@ -207,7 +207,7 @@ def _load(
 
 def is_saved(entries: Mapping[str, Any]) -> bool:
     """Whether moeq wrote the checkpoint of this config.json, which `check_config` has seen."""
-    found = source_quantization(entries)
+    found = entries.get("quantization_config")
     return found is not None and not is_encoded(found)
 
 
@@ -216,15 +216,14 @@ def for_source(
 ) -> dict[str, Any]:
     """Arguments of `from_pretrained` under which transformers does not decode a checkpoint that is
     published quantized, because we do."""
-    if not is_encoded(source_quantization(entries)):
+    if not is_encoded(entries.get("quantization_config")):
         return dict(kwargs)
     if kwargs.get("config") is None:
         config, rest = AutoConfig.from_pretrained(folder, **kwargs, return_unused_kwargs=True)
     else:
         config, rest = copy.deepcopy(kwargs["config"]), dict(kwargs)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if config.dtype is None:  # transformers would take the first floating dtype that it finds
         rest.setdefault("dtype", torch.bfloat16)
     return rest | {"config": config}
@@ -274,14 +273,16 @@ def check_config(folder: Path) -> dict[str, Any]:
                 f"{path}: num_hidden_layers is {layers}, expected at most {_MOST_LAYERS}",
                 hint=_DOWNLOAD,
             )
-    found = source_quantization(entries)
-    method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-    if found is not None and method != QUANT_METHOD and not is_encoded(found):
-        raise CheckpointError(
-            f"{path}: the checkpoint is already quantized ({method})",
-            hint=f"moeq starts from the unquantized checkpoint, or from {KNOWN}"
-            + ("; this format is for vLLM" if method == "compressed-tensors" else ""),
-        )
+    for part in (entries, entries.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        is_known = method == QUANT_METHOD or (part is entries and is_encoded(found))
+        if found is not None and not is_known:
+            raise CheckpointError(
+                f"{path}: the checkpoint is already quantized ({method})",
+                hint=f"moeq starts from the unquantized checkpoint, or from {KNOWN}"
+                + ("; this format is for vLLM" if method == "compressed-tensors" else ""),
+            )
     try:
         dtype = AutoConfig.from_pretrained(folder).dtype
         if not isinstance(dtype, torch.dtype | None):

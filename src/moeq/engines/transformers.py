@@ -194,6 +194,13 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._create_weights(target)
             # Only transformers knows how it splits what is not quantized
             kept: dict[str, TensorSpec] | None = None if self.ranks is None else {}
+            if self.ranks is not None and self._routes.decoded:
+                raise ModelError(
+                    f"{self._routes.decoded[0].name!r} is stored as codes and not quantized, which"
+                    " ranks cannot share",
+                    hint="quantize it too, or write a folder with `moeq quantize`, which loads on"
+                    " ranks",
+                )
             self._stream = LayerStream(self._model, decision, self._methods, self._device, kept)
             self.plan = load_plan(self._model, decision, self._specs, self._stream)
         self._stream.prepare()
