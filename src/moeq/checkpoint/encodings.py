@@ -1,15 +1,15 @@
-"""Checkpoints that are published quantized: pairs of codes and scales, seen as the bf16 they encode.
+"""Checkpoints that are published quantized: codes and scales, seen as the bf16 that they encode.
 
     mxfp4        X_blocks uint8 [E, N, K / 32, 16], X_scales uint8 [E, N, K / 32]
                  w = e2m1(nibble) * 2^(scale - 127), low nibble first; X is bf16 [E, K, N]
     fp8 blocks   X e4m3 [N, K], X_scale_inv [ceil(N / bn), ceil(K / bk)]
                  w = fp32(code) * fp32(scale), rounded once to bf16; X is bf16 [N, K]
 
-`logical` makes one tensor of each pair, with the name, shape and dtype that it has in the unquantized
-model, so that whatever follows need not know; `moeq.checkpoint.stream` reads both and decodes a
-piece at a time. The numbers are those of transformers' `Mxfp4Dequantize` and `Fp8Dequantize` (5.23),
-which decode a layer as a whole. Those take the size of fp8 blocks from the shape of the scales,
-which is wrong or an error where the last block is cut off; here config.json says it.
+`logical` makes one tensor of each pair, with the name, shape and dtype that it has in the
+unquantized model, so that whatever follows need not know; `moeq.checkpoint.stream` reads both and
+decodes a piece at a time. The numbers are those of transformers 5.23 (`Mxfp4Dequantize`,
+`Fp8Dequantize`), which decodes a layer as a whole, and takes the size of fp8 blocks from the shape
+of the scales: wrong, or an error, where the last block is cut off. Here config.json says it.
 
 Left out: one scale a tensor, stacked experts in fp8, scales as e8m0, static scales of activations.
 """
@@ -67,8 +67,8 @@ class Encoding(Protocol):
 class EncodedSpec(TensorSpec):
     """A tensor of the unquantized model that is stored as two.
 
-    `name`, `dtype` and `shape` are those of the unquantized model; `file`, `offset` and `stamp` those
-    of the codes; `nbytes` is of codes and scales.
+    `name`, `dtype` and `shape` are those of the unquantized model; `file`, `offset` and `stamp` are
+    those of the codes; `nbytes` is of codes and scales.
 
     Attributes:
         codes: as stored.
@@ -107,12 +107,12 @@ class Mxfp4:
         return begin // 16, math.prod(shape) // 32
 
     def decode(self, codes: Tensor, scales: Tensor, piece: Tensor, begin: int) -> None:
-        pairs = _pairs(piece.device)
+        table = _pairs(piece.device)
         blocks, out = codes.view(-1, 16), piece.view(-1, 32)
         step = max(1, _CHUNK.get(piece.device.type, _CHUNK_ELSEWHERE) // 32)
         for first in range(0, len(blocks), step):
             some, exponents = blocks[first : first + step], scales[first : first + step, None]
-            values = pairs[some.int()].view(torch.bfloat16)  # [blocks, 32]
+            values = _look_up(table, some).view(torch.bfloat16).view(-1, 32)
             # The bits of 2^(e - 127); the least, 2^-127, is a subnormal
             bits = exponents.to(torch.int16) << 7
             powers = torch.where(exponents == 0, 1 << 6, bits).view(torch.bfloat16)
@@ -124,6 +124,12 @@ class Mxfp4:
         return None if at < 0 else at
 
 
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """[n] of `table`, for n uint8 codes of any shape. On a CPU five times as fast as to convert
+    fp8, and twice as fast as to index."""
+    return table.index_select(0, codes.flatten().int())
+
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -132,7 +138,14 @@ def _pairs(device: torch.device) -> Tensor:
     """int32 [256]: the bits of both bf16 numbers in a byte."""
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.bfloat16)
     byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], 1).view(torch.int32)[:, 0].to(device)
+    pairs = torch.stack([values[byte & 15], values[byte >> 4]], 1)
+    return pairs.view(torch.int32).flatten().to(device)
+
+
+@functools.cache
+def _e4m3(device: torch.device) -> Tensor:
+    """fp32 [256]."""
+    return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ class Fp8Blocks:
 
     def decode(self, codes: Tensor, scales: Tensor, piece: Tensor, begin: int) -> None:
         n, k = piece.shape
-        values = codes.view(torch.float8_e4m3fn).view(n, k)
+        table, codes = _e4m3(piece.device), codes.view(n, k)
         grid = scales.view(self.scale_dtype).float().view(-1, math.ceil(k / self.columns))
         wide = grid.repeat_interleave(self.columns, 1)[:, :k]
         offset = begin // k % self.rows
@@ -161,7 +174,8 @@ class Fp8Blocks:
         step = max(1, _CHUNK.get(piece.device.type, _CHUNK_ELSEWHERE) // k)
         for first in range(0, n, step):
             some = slice(first, first + step)
-            piece[some] = values[some].float().mul_(wide[block[some]])
+            values = _look_up(table, codes[some]).view(-1, k)
+            piece[some] = values.mul_(wide[block[some]])
 
     def find_bad(self, scales: memoryview) -> int | None:
         found = torch.frombuffer(scales, dtype=self.scale_dtype)
@@ -183,10 +197,8 @@ def check_scales(spec: EncodedSpec, first: int, scales: memoryview) -> None:
     at = spec.encoding.find_bad(scales)
     if at is None:
         return
-    rest, where = first // spec.scales.dtype.itemsize + at, []
-    for size in reversed(spec.scales.shape):
-        rest, index = divmod(rest, size)
-        where.insert(0, index)
+    flat = torch.tensor(first // spec.scales.dtype.itemsize + at)
+    where = [int(index) for index in torch.unravel_index(flat, spec.scales.shape)]
     raise NonFiniteError(
         f"{spec.scales.file.name}: {spec.scales.name!r}: the scale at {where} is not a number",
         hint=_DAMAGED,
@@ -214,9 +226,9 @@ def read_specs(files: Iterable[Path]) -> dict[str, TensorSpec]:
         entries = json.loads((files[0].parent / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # whoever needs a config complains
         return specs
-    return logical(
-        specs, entries.get("quantization_config") if isinstance(entries, dict) else None
-    )
+    if not isinstance(entries, dict):
+        return specs
+    return logical(specs, entries.get("quantization_config"))
 
 
 def logical(specs: Mapping[str, TensorSpec], quantization: Any) -> dict[str, TensorSpec]:

@@ -14,6 +14,7 @@ page at a time. Memory is workers x (the largest chunk), whatever the size of th
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -174,9 +175,8 @@ class Chunk:
             spec, at = piece.spec, first + low - start
             assert isinstance(spec, EncodedSpec)
             scales, window = spec.scales, memory[low:high]
-            files.read(
-                scales.file, scales.stamp, scales.offset + at, window, lambda _: scales.name
-            )
+            name_at = functools.partial(_named, scales.name)
+            files.read(scales.file, scales.stamp, scales.offset + at, window, name_at)
             check_scales(spec, at, window)
 
     def spans(self, buffer: Tensor) -> Iterator[tuple[Piece, Span]]:
@@ -200,6 +200,10 @@ class Chunk:
                 usable = len(buffer) // dtype.itemsize * dtype.itemsize
                 typed[dtype] = buffer[:usable].view(dtype)
             yield piece, Span(typed[dtype], start // dtype.itemsize, piece.shape)
+
+
+def _named(name: str, offset: int) -> str:
+    return name
 
 
 def chunks_of(pieces: Iterable[Piece], limit: int = CHUNK_BYTES) -> list[Chunk]:

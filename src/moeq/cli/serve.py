@@ -135,8 +135,8 @@ def _say_plan(folder: Path, config: OnlineQuantizationConfig, device: str) -> No
     """What vLLM will hold, by our reckoning: it prints what it measures itself."""
     import torch
 
-    from moeq.checkpoint.folder import checkpoint_files
     from moeq.checkpoint.encodings import read_specs
+    from moeq.checkpoint.folder import checkpoint_files
     from moeq.engines.load import empty_model
     from moeq.engines.planning import plan_load
     from moeq.report import size

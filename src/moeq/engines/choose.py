@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.encodings import read_specs
+from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.evaluate import evaluate

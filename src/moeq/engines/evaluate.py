@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.encodings import read_specs
+from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.hub import resolve_model
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import Deferred, load_deferred, own_parameters, read_experts

@@ -24,7 +24,7 @@ from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.stream import CHUNK_BYTES, Chunk, chunks_of, stream
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
-from moeq.engines.hf_routes import Decision, decide, original_names
+from moeq.engines.hf_routes import Decision, KeptExperts, decide, original_names
 from moeq.engines.hf_stream import LayerStream, arrivals_of, pieces_of
 from moeq.engines.hf_structure import Target, find_targets
 from moeq.engines.load import check_folder, for_source, model_class
@@ -94,9 +94,7 @@ class _DeferringConfig:
 
     quant_method = _METHOD
 
-    def __init__(
-        self, configs: Sequence[OnlineQuantizationConfig], device: torch.device
-    ) -> None:
+    def __init__(self, configs: Sequence[OnlineQuantizationConfig], device: torch.device) -> None:
         self.configs = configs
         self.device = device
         self.decisions: list[Decision] = []
@@ -150,14 +148,17 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
         keeps, unless another one defers it, and linears, which are quantized once they are here."""
         claims: dict[str, str] = {}
         kept: dict[str, TensorSpec] = {}
-        merged = {}
+        merged: dict[str, KeptExperts] = {}
         for decision in decisions:
             routes = decision.routes
-            linears = {f"{t.shape.name}.weight" for t in decision.targets if t.shape.kind == "linear"}
-            mine = {p: s.spec for p, (s, *_) in routes.sources.items() if p in linears}
-            mine = {p: spec for p, spec in mine.items() if isinstance(spec, EncodedSpec)}
-            mine |= routes.encoded
-            experts = [e for e in routes.kept_experts if e.shape.name not in self.quantization_config.experts]
+            mine = dict(routes.encoded)
+            for target in decision.targets:
+                weight = f"{target.shape.name}.weight"
+                spec = routes.sources[weight][0].spec if target.shape.kind == "linear" else None
+                if isinstance(spec, EncodedSpec):
+                    mine[weight] = spec
+            deferred = self.quantization_config.experts
+            experts = [e for e in routes.kept_experts if e.shape.name not in deferred]
             merged |= {e.shape.name: e for e in experts}
             kept |= {p: spec for p, spec in mine.items() if p not in self._claimed}
             wanted = mine.keys() | {p for e in experts for p in e.sources}
@@ -167,9 +168,7 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
             decisions[0].routes, plans=(), kept_experts=tuple(merged.values())
         )
         decision = dataclasses.replace(decisions[0], targets=[], routes=routes)
-        self._stream = LayerStream(
-            self._model, decision, {}, self.quantization_config.device, kept
-        )
+        self._stream = LayerStream(self._model, decision, {}, self.quantization_config.device, kept)
         return claims
 
     def load_parameter(self, parameter: str) -> tuple[dict[str, Tensor], set[str]]:

@@ -1,8 +1,8 @@
 """Every tensor that moeq reads itself, in one stream, into the layers of a transformers model.
 
 On a CPU those are the sources of quantized layers, and what is kept but stored as codes; the rest
-transformers maps from the file. For a GPU they are all tensors that no conversion touches: copies from pinned memory, beside the quantized
-ones, take a tenth of the time of transformers' own.
+transformers maps from the file. For a GPU they are all tensors that no conversion touches: copies
+from pinned memory, beside the quantized ones, take a tenth of the time of transformers' own.
 """
 
 from __future__ import annotations

@@ -219,7 +219,8 @@ def for_source(
     if not is_encoded(entries.get("quantization_config")):
         return dict(kwargs)
     if kwargs.get("config") is None:
-        config, rest = AutoConfig.from_pretrained(folder, **kwargs, return_unused_kwargs=True)
+        config, unused = AutoConfig.from_pretrained(folder, **kwargs, return_unused_kwargs=True)
+        rest: dict[str, Any] = unused
     else:
         config, rest = copy.deepcopy(kwargs["config"]), dict(kwargs)
     if hasattr(config, "quantization_config"):

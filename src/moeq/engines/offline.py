@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moeq.checkpoint.cache import identity
-from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.encodings import read_specs
+from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.writer import Finished, map_shard, new_folder
