@@ -118,7 +118,9 @@ CUTS = [
     _Cut("all of fp4", mxfp4, lambda spec: whole(spec, 0), ...),
     _Cut("one expert", mxfp4, lambda spec: matrix(spec, 0, 1), 1),
     _Cut("experts", mxfp4, lambda spec: rows(spec, 0, 1, 2), slice(1, 3)),
-    _Cut("rows of an expert", mxfp4, lambda spec: Piece(spec, 0, 48 * 7, (2, 96)), (1, slice(2, 4))),
+    _Cut(
+        "rows of an expert", mxfp4, lambda spec: Piece(spec, 0, 48 * 7, (2, 96)), (1, slice(2, 4))
+    ),
     _Cut("all of fp8", fp8, lambda spec: whole(spec, 0), ...),
     _Cut("within a block", fp8, lambda spec: rows(spec, 0, 130, 7), slice(130, 137)),
     _Cut("over two blocks", fp8, lambda spec: rows(spec, 0, 100, 180), slice(100, 280)),
