@@ -143,6 +143,18 @@ def test_a_piece(cut: _Cut, shards: int, tmp_path: Path, monkeypatch: pytest.Mon
     assert bits(read_piece(piece)) == bits(decoded(tensors)[cut.part])
 
 
+def _streamed(chunks: list[stream.Chunk], counted: list[int]) -> dict[Any, Tensor]:
+    found: dict[Any, Tensor] = {}
+    lock = threading.Lock()
+
+    def use(chunk: stream.Chunk, buffer: Tensor) -> None:
+        with lock:
+            found.update({p.key: span.tensor().clone() for p, span in chunk.spans(buffer)})
+
+    stream.stream(chunks, use, workers=2, on_bytes=counted.append)
+    return found
+
+
 @pytest.mark.parametrize("source", [mxfp4, fp8])
 def test_pieces_side_by_side(source: Callable[[], Tensors], tmp_path: Path) -> None:
     """Whatever the chunks, every byte comes once, and every number."""
@@ -157,14 +169,8 @@ def test_pieces_side_by_side(source: Callable[[], Tensors], tmp_path: Path) -> N
         chunks = chunks_of(pieces, limit)
         assert len(chunks) == {1: count + 1}.get(limit, len(chunks))
         assert all(c.decoded_bytes <= limit for c in chunks if len(c.pieces) > 1)
-        found: dict[Any, Tensor] = {}
-        lock, counted = threading.Lock(), []
-
-        def use(chunk: stream.Chunk, buffer: Tensor) -> None:
-            with lock:
-                found.update({p.key: span.tensor().clone() for p, span in chunk.spans(buffer)})
-
-        stream.stream(chunks, use, workers=2, on_bytes=counted.append)
+        counted: list[int] = []
+        found = _streamed(chunks, counted)
         assert torch.equal(found.pop("norm"), tensors["norm"])
         together = torch.cat([found[first] for first in range(count)])
         assert bits(together) == bits(decoded(tensors))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +21,13 @@ from torch import Tensor
 
 import moeq
 from moeq import OnlineQuantizationConfig
+from moeq.checkpoint import hub
+from moeq.checkpoint.folder import checkpoint_files
+from moeq.checkpoint.headers import read_headers
 from moeq.cli import cli
+from moeq.embedded import model_folder
 from moeq.engines.choose import choose_mixture, weight_errors
+from moeq.engines.load import load_tokenizer
 from moeq.engines.offline import quantize_checkpoint
 from moeq.errors import CheckpointError, ConfigError, NonFiniteError
 from moeq.schemes import OnlineQuantScheme
@@ -178,6 +184,55 @@ def test_on_the_command_line(published: Published, tmp_path: Path) -> None:
             assert mine[key] == other[key], (mine["scheme"], key)
 
 
+def test_a_plan_of_what_is_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = MXFP4.write(tmp_path)
+    stored = read_headers(checkpoint_files(ours))
+    monkeypatch.setattr(hub, "remote_headers", lambda name: (ours, stored))
+    told = []
+    for model in (str(ours), "owner/model"):
+        done = CliRunner().invoke(cli, ["plan", model, "--json"], catch_exceptions=False)
+        told.append(json.loads(done.stdout)["schemes"])
+    for one, other in zip(*told, strict=True):
+        assert one["total_bytes"] == other["total_bytes"]
+
+
+def test_it_generates(tmp_path: Path) -> None:
+    vocabulary = load_tokenizer(model_folder()).vocab_size
+    arguments = DEEPSEEK.arguments | {"vocab_size": vocabulary}
+    architecture = dataclasses.replace(DEEPSEEK, arguments=arguments)
+    told = []
+    for folder in dataclasses.replace(FP8_BLOCKS, architecture=architecture).write(tmp_path):
+        for file in model_folder().glob("tokenizer*.json"):
+            shutil.copy(file, folder)
+        command = ["generate", str(folder), "-q", INT8, "--prompt", "x =", "--json"]
+        done = CliRunner().invoke(cli, [*command, "--max-new-tokens", "4"])
+        assert done.exit_code == 0, done.output
+        told.append(json.loads(done.stdout)["text"])
+    assert told[0] == told[1]
+
+
+def test_compressed_tensors(tmp_path: Path) -> None:
+    ours, theirs = FP8_BLOCKS.write(tmp_path)
+    config = OnlineQuantizationConfig(FP8)
+    for folder in (ours, theirs):
+        out = tmp_path / f"{folder.name}-out"
+        quantize_checkpoint(folder, config, out, file_format="compressed-tensors")
+    found, expected = (tensors_of(tmp_path / f"{f.name}-out") for f in (ours, theirs))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(bits(t), bits(expected[name])) for name, t in found.items())
+
+
+@BOTH
+def test_new_weights_come_unquantized(published: Published, tmp_path: Path) -> None:
+    """By the names of the unquantized checkpoint, which a trainer has."""
+    ours, theirs = published.write(tmp_path)
+    model = moeq.load(ours, INT8)
+    new = {n: t * 1.5 if t.is_floating_point() else t for n, t in tensors_of(theirs).items()}
+    moeq.refresh(model, new)
+    rewrite(theirs, lambda tensors: tensors.update(new))
+    assert_same_state(model, moeq.load(theirs, INT8))
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_the_cache_and_a_second_load(
     cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,7 +248,7 @@ def test_the_cache_and_a_second_load(
 
 @BOTH
 def test_from_pretrained(published: Published, tmp_path: Path) -> None:
-    """transformers compares the two configs itself, and stops; without the checkpoint's it loads."""
+    """transformers compares the two configs itself, and stops; without the first it loads."""
     ours, theirs = published.write(tmp_path)
     kind, config = published.architecture.model_class, OnlineQuantizationConfig(INT8)
     with pytest.raises(ValueError, match="OnlineQuantizationConfig"):
@@ -318,7 +373,7 @@ def test_a_config_that_says_nothing(tmp_path: Path) -> None:
 def test_a_config_that_says_too_much(tmp_path: Path) -> None:
     _, theirs = MXFP4.write(tmp_path)
     amend(theirs, {"quantization_config": MXFP4.quantization})
-    with pytest.raises(CheckpointError, match="config.json says mxfp4, and no tensor"):
+    with pytest.raises(CheckpointError, match=r"config\.json says mxfp4, and no tensor"):
         moeq.load(theirs, INT8)
 
 

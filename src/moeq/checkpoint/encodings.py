@@ -37,10 +37,13 @@ _DAMAGED = "the checkpoint is damaged, or mixed with another; get it again"
 _CHUNK = {"cpu": 1 << 18}
 """Elements decoded at a time, by device type: see `moeq.quantize._CHUNK`."""
 
-_CHUNK_ELSEWHERE = 1 << 24
+_CHUNK_ELSEWHERE = 1 << 22
 
-DECODING = 4 << 20
-"""Bytes that decoding on a CPU takes beside the result."""
+
+def decoding_bytes(device: torch.device, elements: int) -> int:
+    """That decoding so many numbers at once takes beside the result: an index, a value and a scale
+    each, in four bytes, and as much again for what is small."""
+    return 16 * min(elements, _CHUNK.get(device.type, _CHUNK_ELSEWHERE))
 
 
 class Encoding(Protocol):

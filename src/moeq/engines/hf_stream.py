@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeq.checkpoint.encodings import DECODING
+from moeq.checkpoint.encodings import decoding_bytes
 from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.ring import Event, Ring, feed
 from moeq.checkpoint.stream import (
@@ -146,7 +146,7 @@ class LayerStream:
         each = largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
         # Columns of down, and what is decoded, are copies until their chunk is done
         copies = largest if any(t.shape.local_channels for t in self._targets) else 0
-        copies += decoded + min(DECODING, decoded)
+        copies += decoded + decoding_bytes(device, decoded // 2)
         each += 0 if on_gpu else copies
         # On a CPU some wait for the disk while others quantize
         wanted = min(os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2, _MOST_WORKERS)
