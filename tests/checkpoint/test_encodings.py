@@ -17,8 +17,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moeq.checkpoint import ring, stream
-from moeq.checkpoint.encodings import EncodedSpec, logical, read_specs
+from moeq.checkpoint.encodings import EncodedSpec
 from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.published import logical, read_specs
 from moeq.checkpoint.stream import Piece, chunks_of, matrix, read_piece, rows, whole
 from moeq.errors import CheckpointError, NonFiniteError
 

@@ -211,6 +211,16 @@ def test_it_generates(tmp_path: Path) -> None:
     assert told[0] == told[1]
 
 
+def test_vllm_is_not_asked_to_serve_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would load the published numbers, and leave moeq out."""
+    monkeypatch.setattr("moeq.engines.serve.has_package", lambda name: True)
+    ours, _ = MXFP4.write(tmp_path)
+    with pytest.raises(ConfigError, match="published quantized, and vLLM"):
+        CliRunner().invoke(
+            cli, ["serve", str(ours), "-q", INT8, "--engine", "vllm"], catch_exceptions=False
+        )
+
+
 def test_compressed_tensors(tmp_path: Path) -> None:
     ours, theirs = FP8_BLOCKS.write(tmp_path)
     config = OnlineQuantizationConfig(FP8)
@@ -492,4 +502,5 @@ def test_memory_is_that_of_a_window(
         assert final < 175e6
         assert peak <= (64e6 if out else final + 64e6)
         if not out:
-            assert peak <= planned <= final + 64e6
+            assert planned <= final + 64e6
+            assert peak <= planned + 8e6  # what the allocator keeps

@@ -1,38 +1,27 @@
-"""Checkpoints that are published quantized: codes and scales, seen as the bf16 that they encode.
+"""Tensors that a checkpoint stores as codes and scales, decoded to bf16 a piece at a time.
 
-    mxfp4        X_blocks uint8 [E, N, K / 32, 16], X_scales uint8 [E, N, K / 32]
-                 w = e2m1(nibble) * 2^(scale - 127), low nibble first; X is bf16 [E, K, N]
-    fp8 blocks   X e4m3 [N, K], X_scale_inv [ceil(N / bn), ceil(K / bk)]
-                 w = fp32(code) * fp32(scale), rounded once to bf16; X is bf16 [N, K]
+    mxfp4        w = e2m1(nibble) * 2^(scale - 127), exact; low nibble first, a scale for 32
+    fp8 blocks   w = fp32(code) * fp32(scale), rounded once to bf16; a scale for bn x bk
 
-`logical` makes one tensor of each pair, with the name, shape and dtype that it has in the
-unquantized model, so that whatever follows need not know; `moeq.checkpoint.stream` reads both and
-decodes a piece at a time. The numbers are those of transformers 5.23 (`Mxfp4Dequantize`,
-`Fp8Dequantize`), which decodes a layer as a whole, and takes the size of fp8 blocks from the shape
-of the scales: wrong, or an error, where the last block is cut off. Here config.json says it.
-
-Left out: one scale a tensor, stacked experts in fp8, scales as e8m0, static scales of activations.
+These are the numbers of transformers 5.23 (`Mxfp4Dequantize`, `Fp8Dequantize`), which decodes a
+layer as a whole. It takes the size of fp8 blocks from the shape of the scales: wrong, or an error,
+where the last block is cut off. Here config.json says it, see `moeq.checkpoint.published`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.headers import TensorSpec, read_headers
-from moeq.errors import CheckpointError, NonFiniteError
+from moeq.checkpoint.headers import TensorSpec
+from moeq.errors import NonFiniteError
 
-KNOWN = "mxfp4, or fp8 with a weight_block_size"
-
-_DAMAGED = "the checkpoint is damaged, or mixed with another; get it again"
+DAMAGED = "the checkpoint is damaged, or mixed with another; get it again"
 
 _CHUNK = {"cpu": 1 << 18}
 """Elements decoded at a time, by device type: see `moeq.quantize._CHUNK`."""
@@ -204,153 +193,5 @@ def check_scales(spec: EncodedSpec, first: int, scales: memoryview) -> None:
     where = [int(index) for index in torch.unravel_index(flat, spec.scales.shape)]
     raise NonFiniteError(
         f"{spec.scales.file.name}: {spec.scales.name!r}: the scale at {where} is not a number",
-        hint=_DAMAGED,
-    )
-
-
-def is_encoded(quantization: Any) -> bool:
-    """Whether a checkpoint of which config.json says this is decoded here."""
-    if not isinstance(quantization, dict):
-        return False
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    return method == "mxfp4" or (method == "fp8" and _is_size(block))
-
-
-def _is_size(block: Any) -> bool:
-    is_pair = isinstance(block, list) and len(block) == 2
-    return is_pair and all(type(size) is int and size > 0 for size in block)
-
-
-def read_specs(files: Iterable[Path]) -> dict[str, TensorSpec]:
-    """`read_headers`, and pairs as one tensor each where the config.json beside them says so."""
-    files = [Path(file) for file in files]
-    specs = read_headers(files)
-    try:
-        entries = json.loads((files[0].parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # whoever needs a config complains
-        return specs
-    if not isinstance(entries, dict):
-        return specs
-    return logical(specs, entries.get("quantization_config"))
-
-
-def logical(specs: Mapping[str, TensorSpec], quantization: Any) -> dict[str, TensorSpec]:
-    """Tensors as the unquantized model has them.
-
-    Args:
-        specs: as stored.
-        quantization: what config.json says.
-
-    Raises:
-        CheckpointError: codes without scales, scales without codes, a shape or dtype that does not
-            fit, or no codes at all.
-    """
-    if not is_encoded(quantization):
-        return dict(specs)
-    found: dict[str, TensorSpec] = {}
-    scales = set()
-    method = quantization["quant_method"]
-    for spec in specs.values():
-        pair = _mxfp4(spec, specs) if method == "mxfp4" else _fp8(spec, specs, quantization)
-        if pair is None:
-            continue
-        if pair.name != spec.name and pair.name in specs:
-            raise CheckpointError(
-                f"{spec.file.name}: {spec.name!r} encodes {pair.name!r}, which is there too",
-                hint=_DAMAGED,
-            )
-        found[spec.name] = pair
-        scales.add(pair.scales.name)
-    if not found:
-        raise CheckpointError(
-            f"config.json says {method}, and no tensor of the checkpoint is stored so",
-            hint="of an unquantized checkpoint remove quantization_config from config.json",
-        )
-    suffix = "_scales" if method == "mxfp4" else "_scale_inv"
-    for spec in specs.values():
-        if spec.name.endswith(suffix) and spec.name not in scales:
-            raise CheckpointError(
-                f"{spec.file.name}: {spec.name!r} scales codes that are not there", hint=_DAMAGED
-            )
-    pairs = (found.get(spec.name, spec) for spec in specs.values() if spec.name not in scales)
-    return {spec.name: spec for spec in pairs}
-
-
-def _mxfp4(codes: TensorSpec, specs: Mapping[str, TensorSpec]) -> EncodedSpec | None:
-    base, is_blocks, _ = codes.name.rpartition("_blocks")
-    if not is_blocks or codes.name != f"{base}_blocks":
-        return None
-    is_right = codes.dtype == torch.uint8 and len(codes.shape) == 4 and codes.shape[3] == 16
-    if not is_right or 0 in codes.shape:
-        raise CheckpointError(
-            f"{codes.file.name}: {codes.name!r} is {codes.dtype} {list(codes.shape)}, expected"
-            " uint8 [experts, rows, blocks, 16]",
-            hint=_DAMAGED,
-        )
-    e, n, blocks, _ = codes.shape
-    scales = _scales(codes, f"{base}_scales", (e, n, blocks), (torch.uint8,), specs)
-    return _pair(base, codes, scales, (e, 32 * blocks, n), Mxfp4())
-
-
-def _fp8(
-    codes: TensorSpec, specs: Mapping[str, TensorSpec], quantization: dict[str, Any]
-) -> EncodedSpec | None:
-    if codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return None
-    if codes.dtype != torch.float8_e4m3fn or len(codes.shape) != 2 or 0 in codes.shape:
-        raise CheckpointError(
-            f"{codes.file.name}: {codes.name!r} is {codes.dtype} {list(codes.shape)}, expected"
-            " float8_e4m3fn [rows, columns]",
-            hint="moeq reads fp8 of one matrix a tensor",
-        )
-    rows, columns = quantization["weight_block_size"]
-    n, k = codes.shape
-    grid = math.ceil(n / rows), math.ceil(k / columns)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    scales = _scales(codes, f"{codes.name}_scale_inv", grid, dtypes, specs)
-    encoding = Fp8Blocks(rows, columns, scales.dtype)
-    return _pair(codes.name, codes, scales, (n, k), encoding)
-
-
-def _scales(
-    codes: TensorSpec,
-    name: str,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    specs: Mapping[str, TensorSpec],
-) -> TensorSpec:
-    if name not in specs:
-        raise CheckpointError(
-            f"{codes.file.name}: {codes.name!r} holds codes, and their scales, {name!r}, are not"
-            " in the checkpoint",
-            hint=_DAMAGED,
-        )
-    scales = specs[name]
-    if scales.shape != shape or scales.dtype not in dtypes:
-        raise CheckpointError(
-            f"{scales.file.name}: {name!r} is {scales.dtype} {list(scales.shape)}, expected"
-            f" {dtypes[0]} {list(shape)} for codes {list(codes.shape)}",
-            hint=_DAMAGED,
-        )
-    return scales
-
-
-def _pair(
-    name: str,
-    codes: TensorSpec,
-    scales: TensorSpec,
-    shape: tuple[int, ...],
-    encoding: Encoding,
-) -> EncodedSpec:
-    return EncodedSpec(
-        name=name,
-        dtype=torch.bfloat16,
-        shape=shape,
-        file=codes.file,
-        offset=codes.offset,
-        nbytes=codes.nbytes + scales.nbytes,
-        stamp=codes.stamp,
-        codes=codes,
-        scales=scales,
-        encoding=encoding,
+        hint=DAMAGED,
     )

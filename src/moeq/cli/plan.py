@@ -175,10 +175,10 @@ def make_plan(
     """Everything that `moeq plan` prints, as data."""
     import torch
 
-    from moeq.checkpoint.encodings import logical, read_specs
     from moeq.checkpoint.folder import checkpoint_files
     from moeq.checkpoint.hub import is_hub_id, remote_headers, resolve_model
     from moeq.checkpoint.probe import read_rate
+    from moeq.checkpoint.published import logical, read_specs
     from moeq.engines.load import check_config, check_folder, empty_model
     from moeq.engines.planning import cache_bytes, plan_load
 

@@ -64,8 +64,8 @@ def serve(
     """
     import torch
 
-    from moeq.checkpoint.encodings import is_encoded
     from moeq.checkpoint.hub import resolve_model
+    from moeq.checkpoint.published import is_encoded
     from moeq.engines.load import check_folder, is_saved
     from moeq.engines.serve import Address, choose_engine, serve_vllm
     from moeq.errors import BackendError, ConfigError
@@ -135,8 +135,8 @@ def _say_plan(folder: Path, config: OnlineQuantizationConfig, device: str) -> No
     """What vLLM will hold, by our reckoning: it prints what it measures itself."""
     import torch
 
-    from moeq.checkpoint.encodings import read_specs
     from moeq.checkpoint.folder import checkpoint_files
+    from moeq.checkpoint.published import read_specs
     from moeq.engines.load import empty_model
     from moeq.engines.planning import plan_load
     from moeq.report import size

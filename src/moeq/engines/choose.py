@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.encodings import read_specs
 from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.evaluate import evaluate
 from moeq.engines.hf_deferred import load_deferred, read_experts

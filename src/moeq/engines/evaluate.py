@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeq.checkpoint.encodings import read_specs
 from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.published import read_specs
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import Deferred, load_deferred, own_parameters, read_experts
 from moeq.engines.hf_layers import QuantizedLayer, quantize_experts, quantize_linear

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.encodings import EncodedSpec, read_specs
+from moeq.checkpoint.encodings import EncodedSpec
 from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.checkpoint.stream import CHUNK_BYTES, Chunk, chunks_of, stream
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter

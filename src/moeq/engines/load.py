@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from moeq.checkpoint.cache import cache_folder, entry_name, intact, making
-from moeq.checkpoint.encodings import KNOWN, is_encoded
 from moeq.checkpoint.folder import VARIANT, checkpoint_files
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.published import KNOWN, is_encoded
 from moeq.checkpoint.writer import check_manifest
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.save import save

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moeq.checkpoint.cache import identity
-from moeq.checkpoint.encodings import read_specs
 from moeq.checkpoint.folder import checkpoint_files
 from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.published import read_specs
 from moeq.checkpoint.writer import Finished, map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.formats import FORMATS, Entry, Format, joined

@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.encodings import read_specs
 from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
