@@ -120,9 +120,9 @@ def make_plan(
     import torch
 
     from moeq.checkpoint.folder import checkpoint_files
-    from moeq.checkpoint.headers import read_headers
     from moeq.checkpoint.hub import is_hub_id, remote_headers, resolve_model
     from moeq.checkpoint.probe import read_rate
+    from moeq.checkpoint.published import logical, read_specs
     from moeq.engines.load import check_config, check_folder, empty_model
     from moeq.engines.planning import cache_bytes, plan_load
 
@@ -130,12 +130,12 @@ def make_plan(
     rate = None
     if is_hub_id(model):
         folder, specs = remote_headers(model)
-        check_config(folder)
+        specs = logical(specs, check_config(folder).get("quantization_config"))
     else:
         folder = resolve_model(model)
         check_folder(folder)
         files = checkpoint_files(folder)
-        specs = read_headers(files)
+        specs = read_specs(files)
         rate = read_rate(files)
     empty = empty_model(folder)
     places = budgets(memory)

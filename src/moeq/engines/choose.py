@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.evaluate import evaluate
 from moeq.engines.hf_deferred import load_deferred, read_experts
@@ -119,7 +120,7 @@ def choose_mixture(
     """The scheme of every layer with which a model fits and errs least.
 
     Args:
-        folder: of the unquantized checkpoint.
+        folder: of the original checkpoint.
         configs: whose schemes are the options, by layer.
         errors: of them.
         memory: bytes that there are for weights, loading, and the cache.
@@ -130,11 +131,11 @@ def choose_mixture(
         ConfigError: nothing fits; says what is missing.
     """
     empty = empty_model(folder)
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     cache = cache_bytes(empty, context) or 0
     options = layer_options(empty, specs, configs, errors)
     original = sum(mine[0].nbytes for mine in options.values())
-    rest = sum(spec.nbytes for spec in specs.values()) - original
+    rest = sum(spec.held_bytes for spec in specs.values()) - original
     # Loading takes a window beyond the weights, which is known only once the schemes are
     spare = cache
     while True:
@@ -171,7 +172,7 @@ def layer_options(
     for config in configs.values():
         for layer in decision_for(empty, specs, config).routes.plans:
             name, scheme = layer.shape.name, layer.scheme
-            mine = options.setdefault(name, [Option(None, layer.source_bytes, 0.0)])
+            mine = options.setdefault(name, [Option(None, layer.original_bytes, 0.0)])
             if (name, scheme) in errors and all(o.scheme is not scheme for o in mine):
                 mine.append(Option(scheme, layer.final_bytes, errors[name, scheme]))
     for mine in options.values():

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import read_headers
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.published import read_specs
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import load_deferred
-from moeq.engines.load import check_folder, empty_model
+from moeq.engines.load import check_folder, empty_model, is_saved
 from moeq.engines.passes import Passes, Progress, Scores
 from moeq.engines.planning import plan_load
 from moeq.errors import CheckpointError, ConfigError, ModelError
@@ -55,7 +55,8 @@ def evaluate(
     """Compare a model under some schemes with the original, on the same text.
 
     Args:
-        model: a folder with an unquantized checkpoint, or an id on the Hugging Face hub.
+        model: a folder with a checkpoint that moeq did not write, or an id on the Hugging Face hub.
+            Where it is published quantized, the original is what its codes stand for, in bf16.
         quantizations: configs, each by a name for it.
         ids: token ids [N]; what does not fill a window at the end is left out.
         device: "cpu", "cuda", ...
@@ -70,16 +71,16 @@ def evaluate(
     if not quantizations:
         raise ConfigError("no scheme to evaluate", hint="name at least one")
     folder = resolve_model(model)
-    if check_folder(folder).get("quantization_config") is not None:
+    if is_saved(check_folder(folder)):
         raise ConfigError(
-            f"{folder} is already quantized, and nothing is left to compare it with",
+            f"{folder} is already quantized by moeq, and nothing is left to compare it with",
             hint="evaluate the original checkpoint under its scheme: same bytes, same result",
         )
     empty = empty_model(folder)
     windows = cut(ids, empty, window)
     target_device = torch.device(device)
     configs = list(quantizations.values())
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     plans = [next(iter(plan_load(empty, specs, c, [target_device]))) for c in configs]
     with PeakMemory(target_device) as memory, torch.no_grad():
         deferred = load_deferred(folder, configs, target_device)

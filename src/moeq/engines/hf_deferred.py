@@ -2,11 +2,13 @@
 
 transformers loads the model in its own dtype, as ever; a quantizer that quantizes nothing claims
 the experts' tensors (`hf_claim`) and leaves them in their files. `read_experts` reads one layer,
-`own_parameters` puts it into the layout of the model's module.
+`own_parameters` puts it into the layout of the model's module. What else is stored as codes is
+claimed too, and decoded (`hf_stream`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,16 @@ from torch import Tensor, nn
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.headers import read_headers
+from moeq.checkpoint.encodings import EncodedSpec
+from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.checkpoint.stream import CHUNK_BYTES, Chunk, chunks_of, stream
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
-from moeq.engines.hf_routes import Decision, decide, original_names
-from moeq.engines.hf_stream import arrivals_of, pieces_of
+from moeq.engines.hf_routes import Decision, KeptExperts, decide, original_names
+from moeq.engines.hf_stream import LayerStream, arrivals_of, pieces_of
 from moeq.engines.hf_structure import Target, find_targets
-from moeq.engines.load import check_folder, model_class
+from moeq.engines.load import check_folder, for_source, model_class
 from moeq.plan import LayerPlan
 
 _METHOD = "moeq_deferred"
@@ -68,7 +72,7 @@ def load_deferred(
     """Load all of a model but the experts that any of the configs quantizes.
 
     Args:
-        folder: of an unquantized checkpoint.
+        folder: of a checkpoint that moeq did not write.
         configs: which schemes for which layers; one at least.
         device: where the model goes.
 
@@ -77,9 +81,11 @@ def load_deferred(
     """
     entries = check_folder(folder)
     hf_auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _DeferringQuantizer
-    deferring = _DeferringConfig(configs)
+    deferring = _DeferringConfig(configs, device)
     model = model_class(entries).from_pretrained(
-        folder, quantization_config=deferring, device_map=str(device)
+        folder,
+        quantization_config=deferring,
+        **for_source(folder, entries, {"device_map": str(device)}),
     )
     return Deferred(model.eval(), deferring.experts, deferring.decisions)
 
@@ -89,8 +95,9 @@ class _DeferringConfig:
 
     quant_method = _METHOD
 
-    def __init__(self, configs: Sequence[OnlineQuantizationConfig]) -> None:
+    def __init__(self, configs: Sequence[OnlineQuantizationConfig], device: torch.device) -> None:
         self.configs = configs
+        self.device = device
         self.decisions: list[Decision] = []
         self.experts: dict[str, tuple[Target, LayerPlan]] = {}
 
@@ -117,7 +124,8 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._model = model
         self._claimed: set[str] = set()
-        self._specs = read_headers([Path(file) for file in kwargs["checkpoint_files"]])
+        self._specs = read_specs([Path(file) for file in kwargs["checkpoint_files"]])
+        self._streamed = False
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> Any:
         # `model` is passed from transformers 5.20 on
@@ -133,17 +141,53 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
             mine = {f"{name}.{own}" for name, t in experts.items() for own in original_names(t)}
             claims |= {key: p for key, p in decision.routes.claims.items() if p in mine}
         self._claimed.update(claims.values())
+        claims |= self._decode_rest(asked.decisions)
         return [ClaimingConverter(claims), *weight_conversions]
 
+    def _decode_rest(self, decisions: list[Decision]) -> dict[str, str]:
+        """Claims on what is stored as codes and part of the model from the beginning: what a config
+        keeps, unless another one defers it, and linears, which are quantized once they are here."""
+        claims: dict[str, str] = {}
+        kept: dict[str, TensorSpec] = {}
+        merged: dict[str, KeptExperts] = {}
+        for decision in decisions:
+            routes = decision.routes
+            mine = dict(routes.encoded)
+            for target in decision.targets:
+                weight = f"{target.shape.name}.weight"
+                spec = routes.sources[weight][0].spec if target.shape.kind == "linear" else None
+                if isinstance(spec, EncodedSpec):
+                    mine[weight] = spec
+            deferred = self.quantization_config.experts
+            experts = [e for e in routes.kept_experts if e.shape.name not in deferred]
+            merged |= {e.shape.name: e for e in experts}
+            kept |= {p: spec for p, spec in mine.items() if p not in self._claimed}
+            wanted = mine.keys() | {p for e in experts for p in e.sources}
+            every = routes.claims | routes.plain_claims
+            claims |= {k: p for k, p in every.items() if p in wanted - self._claimed}
+        routes = dataclasses.replace(
+            decisions[0].routes, plans=(), kept_experts=tuple(merged.values())
+        )
+        decision = dataclasses.replace(decisions[0], targets=[], routes=routes)
+        self._stream = LayerStream(self._model, decision, {}, self.quantization_config.device, kept)
+        return claims
+
     def load_parameter(self, parameter: str) -> tuple[dict[str, Tensor], set[str]]:
-        """As `ClaimingConverter` asks: nothing is to be set, and nothing is missing."""
-        return {}, {parameter}
+        """As `ClaimingConverter` asks: of deferred experts nothing is to be set, and nothing is
+        missing."""
+        if parameter in self._claimed:
+            return {}, {parameter}
+        if not self._streamed:
+            self._streamed = True
+            self._stream.prepare()
+            self._stream.run(lambda _: None)
+        return {parameter: self._stream.tensors.pop(parameter)}, set()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, (target, _) in self.quantization_config.experts.items():
             for own in original_names(target):
                 model.get_submodule(name)._parameters.pop(own)
-        del self._model, self._specs
+        del self._model, self._specs, self._stream
 
 
 def read_experts(
