@@ -226,6 +226,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moeq.cli.output import printable
     from moeq.report import size
 
     console = Console()
@@ -264,4 +265,4 @@ def _print(result: dict[str, Any]) -> None:
     coverage = min(entry["coverage"] for entry in result["schemes"])
     lines.append(f"{coverage:.0%} of expert weights would be quantized")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False)

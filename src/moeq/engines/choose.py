@@ -25,7 +25,7 @@ from moeq.engines.hf_layers import quantize_experts, quantize_linear
 from moeq.engines.load import empty_model
 from moeq.engines.planning import cache_bytes, decision_for, plan_load
 from moeq.errors import ConfigError
-from moeq.fidelity.choose import Choice, Option, choose, total_error
+from moeq.fidelity.choose import Choice, Option, choose, total_bytes, total_error
 from moeq.plan import LoadPlan
 from moeq.report import size
 from moeq.schemes import OnlineQuantScheme
@@ -67,7 +67,11 @@ def weight_errors(
     with torch.no_grad():
         deferred = load_deferred(folder, list(configs.values()), device)
         dtype = deferred.model.dtype
-        total = sum(plan.source_bytes for _, plan in deferred.experts.values())
+        total = sum(
+            plan.source_bytes
+            for name, (_, plan) in deferred.experts.items()
+            if any(config.scheme_for(name, "moe") for config in configs.values())
+        )
         read = 0
 
         def advance(nbytes: int) -> None:
@@ -83,6 +87,8 @@ def weight_errors(
                     module = deferred.model.get_submodule(name)
                     (errors[key],) = quantize_linear(config, target, module, dtype).weight_errors
         for name, (target, plan) in deferred.experts.items():
+            if not any(config.scheme_for(name, "moe") for config in configs.values()):
+                continue
             experts = read_experts(target, plan, device, advance)
             for config in configs.values():
                 scheme = config.scheme_for(name, "moe")
@@ -157,7 +163,8 @@ def choose_mixture(
         need = max(plan.peak_bytes, plan.final_bytes + cache)
         if need <= memory:
             return Mixture(config, choice, plan, need, total_error(choice))
-        spare += need - memory
+        # At least to another choice: this one would come again for every byte that it spares
+        spare = max(spare + need - memory, memory - rest - total_bytes(choice) + 1)
 
 
 def layer_options(

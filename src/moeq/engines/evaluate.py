@@ -17,7 +17,7 @@ its own arithmetic, the same products in another order.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from moeq.checkpoint.hub import resolve_model
 from moeq.checkpoint.published import read_specs
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import load_deferred
-from moeq.engines.load import check_folder, empty_model, is_saved
+from moeq.engines.load import check_folder, checked_device, empty_model
 from moeq.engines.passes import Passes, Progress, Scores
 from moeq.engines.planning import plan_load
 from moeq.errors import CheckpointError, ConfigError, ModelError
@@ -45,8 +45,8 @@ WINDOW = 512
 
 def evaluate(
     model: str | Path,
-    quantizations: Mapping[str, OnlineQuantizationConfig],
-    ids: Tensor,
+    quantizations: Mapping[str, str | OnlineQuantizationConfig],
+    ids: Tensor | Sequence[int],
     *,
     device: str = "cpu",
     window: int = WINDOW,
@@ -57,37 +57,39 @@ def evaluate(
     Args:
         model: a folder with a checkpoint that moeq did not write, or an id on the Hugging Face hub.
             Where it is published quantized, the original is what its codes stand for, in bf16.
-        quantizations: configs, each by a name for it.
-        ids: token ids [N]; what does not fill a window at the end is left out.
+        quantizations: scheme names or configs, each by a name for it.
+        ids: token ids [N], or [1, N] as tokenizers return them; what does not fill a window at the
+            end is left out.
         device: "cpu", "cuda", ...
         window: tokens that see each other; less where the model knows fewer positions.
         progress: called with expert bytes read so far and to be read.
 
     Raises:
-        ConfigError: no scheme; the checkpoint is quantized; the text is shorter than a window.
+        ConfigError: no scheme; ids that are none; the checkpoint is quantized by moeq; the text is
+            shorter than a window.
         MoeqError: as a load would under any of the schemes.
     """
     started = time.perf_counter()
     if not quantizations:
         raise ConfigError("no scheme to evaluate", hint="name at least one")
     folder = resolve_model(model)
-    if is_saved(check_folder(folder)):
-        raise ConfigError(
-            f"{folder} is already quantized by moeq, and nothing is left to compare it with",
-            hint="evaluate the original checkpoint under its scheme: same bytes, same result",
-        )
+    check_folder(folder)
+    target_device = checked_device(device)
     empty = empty_model(folder)
-    windows = cut(ids, empty, window)
-    target_device = torch.device(device)
-    configs = list(quantizations.values())
+    windows = cut(_as_ids(ids), empty, window)
+    by_name = {
+        name: OnlineQuantizationConfig.from_json(each) if isinstance(each, str) else each
+        for name, each in quantizations.items()
+    }
+    configs = list(by_name.values())
     specs = read_specs(checkpoint_files(folder))
     plans = [next(iter(plan_load(empty, specs, c, [target_device]))) for c in configs]
     with PeakMemory(target_device) as memory, torch.no_grad():
         deferred = load_deferred(folder, configs, target_device)
-        passes = Passes(deferred, quantizations, windows, target_device)
+        passes = Passes(deferred, by_name, windows, target_device)
         passes.run(progress)
     reference = passes.scores[None]
-    described = zip(quantizations.items(), plans, strict=True)
+    described = zip(by_name.items(), plans, strict=True)
     return Evaluation(
         tokens=windows.numel(),
         scored=windows[:, 1:].numel(),
@@ -107,6 +109,17 @@ def evaluate(
     )
 
 
+def _as_ids(ids: Tensor | Sequence[int]) -> Tensor:
+    found = torch.as_tensor(ids)
+    found = found[0] if found.ndim == 2 and len(found) == 1 else found
+    kind = f"{found.dtype} {list(found.shape)}"
+    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        raise ConfigError(f"token ids are {kind}, expected integers [N] or [1, N]")
+    if found.numel() and int(found.min()) < 0:
+        raise ConfigError(f"token id {int(found.min())}, expected none below 0")
+    return found.long()
+
+
 def cut(ids: Tensor, model: Any, window: int = WINDOW) -> Tensor:
     """Token ids [N] as windows [W, T].
 
@@ -120,13 +133,15 @@ def cut(ids: Tensor, model: Any, window: int = WINDOW) -> Tensor:
             f"{type(model).__name__} does not predict tokens, and its outputs cannot be compared",
             hint="moeq evaluates language models",
         )
+    if window < 2:
+        raise ConfigError(f"a window of {window} tokens, expected 2 at least")
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     window = min(window, known) if isinstance(known, int) and known > 1 else window
     count = len(ids) // window
     if count == 0:
         raise ConfigError(
             f"the text has {len(ids)} tokens, and one window is {window}",
-            hint="give a longer text; some thousand tokens make useful intervals",
+            hint="give a longer text: some thousand tokens make useful intervals",
         )
     entries = model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= entries:

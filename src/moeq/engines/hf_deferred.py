@@ -8,6 +8,7 @@ claimed too, and decoded (`hf_stream`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_routes import Decision, KeptExperts, decide, original_names
 from moeq.engines.hf_stream import LayerStream, arrivals_of, pieces_of
-from moeq.engines.hf_structure import Target, find_targets
-from moeq.engines.load import check_folder, for_source, model_class
+from moeq.engines.hf_structure import Target, experts_shape, find_targets, is_experts
+from moeq.engines.load import check_folder, for_source, is_saved, model_class
+from moeq.errors import ConfigError, ModelError
 from moeq.plan import LayerPlan
+from moeq.schemes import OnlineQuantScheme
 
 _METHOD = "moeq_deferred"
 
@@ -69,7 +72,7 @@ class Deferred:
 def load_deferred(
     folder: Path, configs: Sequence[OnlineQuantizationConfig], device: torch.device
 ) -> Deferred:
-    """Load all of a model but the experts that any of the configs quantizes.
+    """Load all of a model but its experts, whether a config quantizes them or not.
 
     Args:
         folder: of a checkpoint that moeq did not write.
@@ -80,6 +83,11 @@ def load_deferred(
         MoeqError: as a load under one of the configs would, before it reads.
     """
     entries = check_folder(folder)
+    if is_saved(entries):
+        raise ConfigError(
+            f"{folder} is already quantized by moeq, and nothing is left to compare it with",
+            hint="take the original checkpoint: its quantized bytes are the same",
+        )
     hf_auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _DeferringQuantizer
     deferring = _DeferringConfig(configs, device)
     model = model_class(entries).from_pretrained(
@@ -135,6 +143,12 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
             found = find_targets(self._model, config)
             decision = decide(self._model, config, found, self._specs, weight_conversions)
             asked.decisions.append(decision)
+        deferring = [*asked.decisions]
+        with contextlib.suppress(ModelError):  # some that nobody quantizes cannot be read by us
+            every: tuple[list[Target], dict[str, str]] = (_all_experts(self._model), {})
+            config = asked.configs[0]
+            deferring.append(decide(self._model, config, every, self._specs, weight_conversions))
+        for decision in deferring:
             plans = {plan.shape.name: plan for plan in decision.routes.plans}
             experts = {t.shape.name: t for t in decision.targets if t.shape.kind == "moe"}
             asked.experts |= {name: (target, plans[name]) for name, target in experts.items()}
@@ -188,6 +202,17 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
             for own in original_names(target):
                 model.get_submodule(name)._parameters.pop(own)
         del self._model, self._specs, self._stream
+
+
+def _all_experts(model: nn.Module) -> list[Target]:
+    """Every module of transformers' shared kind of experts; which scheme it has does not matter."""
+    scheme = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+    return [
+        Target(module, shape, scheme, up_name)
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for shape, up_name in [experts_shape(name, module)]
+    ]
 
 
 def read_experts(

@@ -255,17 +255,18 @@ class LayerStream:
                     check_finite(tensor, tensor.abs().amax(), where(source))
 
     def _warn_of_empty_experts(self) -> None:
-        """Zeros are numbers, but an expert of nothing else was never trained, or lost."""
         for target in self._targets:
             method = self._methods[target.shape.name]
             if isinstance(method, OnlineMoEMethodBase):
-                empty = method.empty_experts(target.module)
-                if empty:
-                    warnings.warn(
-                        f"{target.shape.name}: every weight is zero in expert {empty[0]}"
-                        + (f" and {len(empty) - 1} more" if len(empty) > 1 else ""),
-                        stacklevel=2,
-                    )
+                warn_of_empty_experts(method, target.module, target.shape.name)
+
+
+def warn_of_empty_experts(method: OnlineMoEMethodBase, layer: nn.Module, name: str) -> None:
+    """Zeros are numbers, but an expert of nothing else was never trained, or lost."""
+    empty = method.empty_experts(layer)
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        warnings.warn(f"{name}: every weight is zero in expert {empty[0]}{more}", stacklevel=2)
 
 
 Arrival = tuple[int, Any, Span, str]

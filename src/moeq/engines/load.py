@@ -109,10 +109,7 @@ def load(
         )
     if "device_map" in kwargs:
         raise ConfigError("device_map is for from_pretrained", hint="pass device=")
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
+    checked_device(device)
     if cache and config is not None:
         if config.backend is not None:
             raise ConfigError("a cached model chooses its kernels itself: no backend with a cache")
@@ -129,6 +126,26 @@ def load(
         entry = cache_folder() / entry_name(folder, recipe)
         return _cached(entry, folder, config, device, progress, kwargs)
     return _load(folder, config, device, progress, kwargs)
+
+
+def checked_device(device: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r}: moeq runs on CPUs and CUDA devices")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices",
+            hint="a build of PyTorch for CUDA, and a driver; or --device cpu",
+        )
+    return found
 
 
 def _cached(

@@ -99,6 +99,7 @@ class Passes:
         decisions = deferred.decisions
         self.targets = [{t.shape.name: t for t in decision.targets} for decision in decisions]
         served = {name: t for targets in self.targets for name, t in targets.items()}
+        served |= {name: target for name, (target, _) in deferred.experts.items()}
         self._served: dict[str, Target] = served
         models = (None, *range(len(quantizations)))
         self.scores = {model: Scores(len(windows)) for model in models}
