@@ -67,11 +67,12 @@ def weight_errors(
     with torch.no_grad():
         deferred = load_deferred(folder, list(configs.values()), device)
         dtype = deferred.model.dtype
-        total = sum(
-            plan.source_bytes
-            for name, (_, plan) in deferred.experts.items()
+        wanted = {
+            name: layer
+            for name, layer in deferred.experts.items()
             if any(config.scheme_for(name, "moe") for config in configs.values())
-        )
+        }
+        total = sum(plan.source_bytes for _, plan in wanted.values())
         read = 0
 
         def advance(nbytes: int) -> None:
@@ -86,9 +87,7 @@ def weight_errors(
                 if target.shape.kind == "linear" and key not in errors:
                     module = deferred.model.get_submodule(name)
                     (errors[key],) = quantize_linear(config, target, module, dtype).weight_errors
-        for name, (target, plan) in deferred.experts.items():
-            if not any(config.scheme_for(name, "moe") for config in configs.values()):
-                continue
+        for name, (target, plan) in wanted.items():
             experts = read_experts(target, plan, device, advance)
             for config in configs.values():
                 scheme = config.scheme_for(name, "moe")
