@@ -15,7 +15,7 @@ from moeq.methods.fp8 import (
     Fp8PerChannelOnlineMoEMethod,
     Fp8PerTensorOnlineMoEMethod,
 )
-from moeq.methods.int8 import Int8OnlineMoEMethod, Int8W8A8OnlineMoEMethod
+from moeq.methods.integers import Int8OnlineMoEMethod, Int8W8A8OnlineMoEMethod
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import OnlineQuantScheme, _warn_alias
 

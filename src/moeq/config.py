@@ -29,7 +29,11 @@ from moeq.methods.fp8 import (
     Fp8PerChannelOnlineMoEMethod,
     Fp8PerTensorOnlineMoEMethod,
 )
-from moeq.methods.int8 import Int8OnlineMoEMethod, Int8W8A8OnlineMoEMethod
+from moeq.methods.integers import (
+    Int4OnlineMoEMethod,
+    Int8OnlineMoEMethod,
+    Int8W8A8OnlineMoEMethod,
+)
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import LayerKind, OnlineQuantScheme
 
@@ -46,6 +50,7 @@ _MOE_METHODS: dict[OnlineQuantScheme, type[OnlineMoEMethodBase]] = {
     for method in (
         Int8OnlineMoEMethod,
         Int8W8A8OnlineMoEMethod,
+        Int4OnlineMoEMethod,
         Fp8PerTensorOnlineMoEMethod,
         Fp8PerChannelOnlineMoEMethod,
         Fp8PerBlockOnlineMoEMethod,

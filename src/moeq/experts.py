@@ -9,17 +9,29 @@ gate and up interleaved), weights are stored as
     w13 [E, 2I, H]   gate rows, then up rows, of every expert ([E, I, H] where there is no gate)
     w2  [E, H, I]    down
 
-with codes contiguous along K, so that a kernel has one case to be fast for.
+with codes contiguous along K, so that a kernel has one case to be fast for. Codes of four bits lie
+two to a byte, in rows of `code_columns` bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moeq import int4
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
+
+
+def code_columns(scheme: OnlineQuantScheme, k: int) -> int:
+    """Elements of a row of codes, for K columns of weights."""
+    return k if scheme.group is None else int4.packed(k)
+
+
+def group_shape(scheme: OnlineQuantScheme, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Shape of the group scales of weights `[..., N, K]`; None where there are none."""
+    return None if scheme.group is None else (*shape[:-1], int4.groups(shape[-1]))
 
 
 def blocks(n: int) -> int:
@@ -51,13 +63,16 @@ class ExpertWeights:
 
     Attributes:
         scheme: what the codes mean.
-        w13: codes [E, P * I, H] in `scheme.weight_dtype`; P = 2 (gate, then up) or 1 (up alone).
-        w13_scale: fp32, `scale_shape(granularity, w13.shape, parts=P)`. Under TENSOR gate and up
-            share the one scale of their expert.
-        w2: codes [E, H, I].
-        w2_scale: fp32, `scale_shape(granularity, w2.shape)`.
+        w13: codes [E, P * I, code_columns(H)] in `scheme.weight_dtype`; P is `parts`.
+        w13_scale: fp32, `scale_shape(granularity, [E, P * I, H], parts=P)`. Under TENSOR gate and
+            up share the one scale of their expert.
+        w2: codes [E, H, code_columns(I)].
+        w2_scale: fp32, `scale_shape(granularity, [E, H, I])`.
         b13: bias [E, P * I] in the model's dtype, gate then up, or None.
         b2: bias [E, H], or None.
+        w13_group: e4m3fn, `group_shape([E, P * I, H])`, where the scheme has groups.
+        w2_group: e4m3fn, `group_shape([E, H, I])`, likewise.
+        parts: projections stacked in w13: 2 (gate, then up) or 1 (up alone).
     """
 
     scheme: OnlineQuantScheme
@@ -67,21 +82,28 @@ class ExpertWeights:
     w2_scale: Tensor
     b13: Tensor | None = None
     b2: Tensor | None = None
+    w13_group: Tensor | None = None
+    w2_group: Tensor | None = None
+    parts: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        e, n, h = self.w13.shape
-        i = self.w2.shape[2]
-        assert n in (i, 2 * i), (self.w13.shape, self.w2.shape)
-        assert self.w2.shape == (e, h, i), (self.w13.shape, self.w2.shape)
-        for name, weight, scale, parts in (
-            ("w13", self.w13, self.w13_scale, self.parts),
-            ("w2", self.w2, self.w2_scale, 1),
+        (e, n, _), scheme = self.w13.shape, self.scheme
+        h, i = self.hidden_size, self.intermediate_size
+        assert self.parts in (1, 2) and n == self.parts * i, (n, self.parts)
+        for name, weight, scale, group, shape, parts in (
+            ("w13", self.w13, self.w13_scale, self.w13_group, (e, n, h), self.parts),
+            ("w2", self.w2, self.w2_scale, self.w2_group, (e, h, i), 1),
         ):
-            assert weight.dtype == self.scheme.weight_dtype, (name, weight.dtype)
-            want = scale_shape(self.scheme.granularity, tuple(weight.shape), parts)
+            assert weight.dtype == scheme.weight_dtype, (name, weight.dtype)
+            found = (*shape[:2], code_columns(scheme, shape[2]))
+            assert tuple(weight.shape) == found, (name, weight.shape, found)
+            want = scale_shape(scheme.granularity, shape, parts)
             assert tuple(scale.shape) == want, (name, scale.shape, want)
             assert scale.dtype == torch.float32, (name, scale.dtype)
             assert scale.device == weight.device, (name, scale.device, weight.device)
+            groups = None if group is None else tuple(group.shape)
+            assert groups == group_shape(scheme, shape), (name, groups)
+            assert group is None or group.dtype == torch.float8_e4m3fn, (name, group.dtype)
         assert self.b13 is None or self.b13.shape == (e, n), self.b13.shape
         assert self.b2 is None or self.b2.shape == (e, h), self.b2.shape
 
@@ -91,9 +113,14 @@ class ExpertWeights:
         return self.w13.shape[0]
 
     @property
-    def parts(self) -> int:
-        """Projections stacked in w13: 2 with a gate, 1 without."""
-        return self.w13.shape[1] // self.w2.shape[2]
+    def hidden_size(self) -> int:
+        """H."""
+        return self.w2.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.w13.shape[1] // self.parts
 
     @property
     def is_gated(self) -> bool:

@@ -25,12 +25,26 @@ def fused_experts(
     w2_scale: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
+    w13_group: Tensor | None,
+    w2_group: Tensor | None,
+    parts: int,
     scheme: str,
     activation: str,
     backend: str,
 ) -> Tensor:
     """x [T, H], topk_ids [T, k], topk_weights [T, k] -> [T, H]; the rest as in `ExpertWeights`."""
-    weights = ExpertWeights(OnlineQuantScheme(scheme), w13, w13_scale, w2, w2_scale, b13, b2)
+    weights = ExpertWeights(
+        OnlineQuantScheme(scheme),
+        w13,
+        w13_scale,
+        w2,
+        w2_scale,
+        b13,
+        b2,
+        w13_group,
+        w2_group,
+        parts=parts,
+    )
     kernels = backend_named(backend).kernels()
     out: Tensor = kernels.fused_experts(x, topk_ids, topk_weights, weights, activation)
     return out
@@ -47,6 +61,9 @@ def _(
     w2_scale: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
+    w13_group: Tensor | None,
+    w2_group: Tensor | None,
+    parts: int,
     scheme: str,
     activation: str,
     backend: str,
@@ -60,15 +77,16 @@ def expert_linear(
     topk_ids: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: str,
     parts: int,
     backend: str,
 ) -> Tensor:
-    """x [T, 1 or k, K], topk_ids [T, k], weight [E, N, K] -> [T, k, N]."""
+    """x [T, 1 or k, K], topk_ids [T, k], weight [E, N, code_columns(K)] -> [T, k, N]."""
     kernels = backend_named(backend).kernels()
     out: Tensor = kernels.expert_linear(
-        x, topk_ids, weight, scale, bias, OnlineQuantScheme(scheme), parts
+        x, topk_ids, weight, scale, group, bias, OnlineQuantScheme(scheme), parts
     )
     return out
 
@@ -79,6 +97,7 @@ def _(
     topk_ids: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: str,
     parts: int,
@@ -92,13 +111,14 @@ def linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: str,
     backend: str,
 ) -> Tensor:
-    """x [..., K], weight [N, K] -> [..., N]."""
+    """x [..., K], weight [N, code_columns(K)] -> [..., N]."""
     kernels = backend_named(backend).kernels()
-    out: Tensor = kernels.linear(x, weight, scale, bias, OnlineQuantScheme(scheme))
+    out: Tensor = kernels.linear(x, weight, scale, group, bias, OnlineQuantScheme(scheme))
     return out
 
 
@@ -107,6 +127,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: str,
     backend: str,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from moeq.checkpoint.headers import TensorSpec
 from moeq.errors import CheckpointError
-from moeq.experts import scale_shape
+from moeq.experts import code_columns, group_shape, scale_shape
 from moeq.quantize import WEIGHT_DTYPES
 from moeq.schemes import LayerKind, OnlineQuantScheme
 
@@ -117,7 +117,9 @@ class LayerShape:
         total = 0
         for shape, stacked in matrices:
             scales = math.prod(scale_shape(scheme.granularity, shape, stacked))
-            total += math.prod(shape) * scheme.weight_dtype.itemsize + 4 * scales
+            codes = math.prod(shape[:-1]) * code_columns(scheme, shape[-1])
+            total += codes * scheme.weight_dtype.itemsize + 4 * scales
+            total += math.prod(group_shape(scheme, shape) or (0,))
         if self.has_bias:
             total += held * (up[0] + down[0]) * bias_itemsize
         return total

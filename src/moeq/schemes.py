@@ -25,6 +25,10 @@ BLOCK = 128
 """Rows and columns of a weight, and columns of an activation, that share a scale under BLOCK."""
 
 
+GROUP = 32
+"""Columns of a row that share a scale of their own where codes have four bits."""
+
+
 class Granularity(enum.Enum):
     """What shares one scale. `matrix` is one expert projection [N, K], or one linear weight."""
 
@@ -39,6 +43,7 @@ class _Row:
     granularity: Granularity
     quantizes_activations: bool
     covers: tuple[LayerKind, ...]
+    group: int | None = None
 
 
 class OnlineQuantScheme(enum.Enum):
@@ -49,6 +54,7 @@ class OnlineQuantScheme(enum.Enum):
     FP8_PER_CHANNEL = "fp8_per_channel"
     FP8_PER_BLOCK = "fp8_per_block"
     INT8_PER_CHANNEL = "int8_per_channel"
+    INT4_PER_GROUP_WEIGHT_ONLY = "int4_per_group_weight_only"
 
     @classmethod
     def parse(cls, name: str | OnlineQuantScheme) -> OnlineQuantScheme:
@@ -74,13 +80,19 @@ class OnlineQuantScheme(enum.Enum):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """dtype of the codes: `torch.int8` (symmetric, -127..127) or `torch.float8_e4m3fn`."""
+        """dtype of the codes: `torch.int8` (symmetric, -127..127), `torch.float8_e4m3fn`, or
+        `torch.uint8`, which holds two of four bits (see `moeq.int4`)."""
         return _TABLE[self].weight_dtype
 
     @property
     def granularity(self) -> Granularity:
         """What shares one fp32 weight scale."""
         return _TABLE[self].granularity
+
+    @property
+    def group(self) -> int | None:
+        """Columns of a row that share an e4m3 scale beneath the fp32 one; None where none do."""
+        return _TABLE[self].group
 
     @property
     def quantizes_activations(self) -> bool:
@@ -108,6 +120,9 @@ _TABLE = {
     ),
     OnlineQuantScheme.INT8_PER_CHANNEL: _Row(
         torch.int8, Granularity.CHANNEL, True, ("moe", "linear")
+    ),
+    OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY: _Row(
+        torch.uint8, Granularity.CHANNEL, False, ("moe", "linear"), group=GROUP
     ),
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from moeq.experts import ExpertWeights, scale_shape
+from moeq import int4
+from moeq.experts import ExpertWeights, code_columns, group_shape, scale_shape
 from moeq.kernels import reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.quantize import dequantize
@@ -24,25 +27,45 @@ def random_weights(
     """Every code that there is, the largest often enough to saturate what saturates."""
 
     def codes(*shape: int) -> Tensor:
+        if scheme.group is not None:
+            width = code_columns(scheme, shape[-1])
+            packed = torch.randint(0, 256, (*shape[:-1], width), dtype=torch.uint8)
+            # What fills a row up means zero
+            nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+            nibbles[..., shape[-1] :] = 8
+            return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
         if scheme.weight_dtype == torch.int8:
             return torch.randint(-160, 161, shape).clamp_(-127, 127).to(torch.int8)
         raw = torch.randint(0, 127, shape) + 128 * torch.randint(0, 2, shape)  # no NaN: 127, 255
         return raw.to(torch.uint8).view(torch.float8_e4m3fn)
 
+    def groups(*shape: int) -> Tensor | None:
+        found = group_shape(scheme, shape)
+        if found is None:
+            return None
+        magnitude = torch.randint(int4.E4M3_LEAST, 127, found)
+        sign = torch.randint(0, 2, found) * 128
+        return (magnitude + sign).to(torch.uint8).view(torch.float8_e4m3fn)
+
     def scales(shape: tuple[int, ...], parts: int) -> Tensor:
+        if scheme.group is not None:
+            return torch.exp2(torch.randint(-13, -10, shape[:-1]) - round(math.log2(shape[-1]) / 2))
         size = 1 / (70 if scheme.weight_dtype == torch.int8 else 100) / shape[-1] ** 0.5
         return (torch.rand(scale_shape(scheme.granularity, shape, parts)) + 0.5) * size
 
     parts = 2 if gated else 1
-    w13, w2 = codes(e, parts * i, h), codes(e, h, i)
+    up, down = (e, parts * i, h), (e, h, i)
     return ExpertWeights(
         scheme,
-        w13,
-        scales(tuple(w13.shape), parts),
-        w2,
-        scales(tuple(w2.shape), 1),
+        codes(*up),
+        scales(up, parts),
+        codes(*down),
+        scales(down, 1),
         None if bias is None else torch.randn(e, parts * i).to(bias),
         None if bias is None else torch.randn(e, h).to(bias),
+        groups(*up),
+        groups(*down),
+        parts=parts,
     )
 
 
@@ -52,15 +75,38 @@ def route(t: int, k: int, e: int) -> tuple[Tensor, Tensor]:
     return ids, torch.rand(t, k).softmax(-1)
 
 
+def dequantized(w: ExpertWeights) -> tuple[Tensor, Tensor]:
+    """fp64 [E, P * I, H] and [E, H, I]."""
+    grain, exact = w.scheme.granularity, torch.float64
+    return (
+        dequantize(
+            w.w13,
+            w.w13_scale,
+            grain,
+            parts=w.parts,
+            dtype=exact,
+            group_scale=w.w13_group,
+            columns=w.hidden_size,
+        ),
+        dequantize(
+            w.w2,
+            w.w2_scale,
+            grain,
+            dtype=exact,
+            group_scale=w.w2_group,
+            columns=w.intermediate_size,
+        ),
+    )
+
+
 def truth(
     x: Tensor, ids: Tensor, topk_weights: Tensor, w: ExpertWeights, activation: str
 ) -> Tensor:
     """fp64 [T, H], one row at a time; activations as they are, but for W8A8."""
     if w.scheme is OnlineQuantScheme.INT8_PER_CHANNEL:
         return reference.fused_experts(x, ids, topk_weights, w, activation).double()
-    grain, out = w.scheme.granularity, torch.zeros(x.shape, dtype=torch.float64)
-    w13 = dequantize(w.w13, w.w13_scale, grain, parts=w.parts, dtype=torch.float64)
-    w2 = dequantize(w.w2, w.w2_scale, grain, dtype=torch.float64)
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    w13, w2 = dequantized(w)
     for t, slot in torch.cartesian_prod(torch.arange(len(ids)), torch.arange(ids.shape[1])):
         e = int(ids[t, slot])
         if not 0 <= e < w.num_experts:

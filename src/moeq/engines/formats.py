@@ -7,10 +7,12 @@ projection of each expert, and is, by scheme,
     fp8_per_channel                float-quantized: the same with e4m3
     fp8_per_block                  float-quantized: a scale a block, activations by 128 columns
     int8_per_channel_weight_only   pack-quantized: four codes + 128 in an int32
+    int4_per_group_weight_only     pack-quantized: eight codes + 8 in an int32, a bf16 scale a group
 
 The format is that of https://github.com/vllm-project/compressed-tensors. Files hold the experts of
 a layer one after the other, gate before up: what the format calls many tensors is one stretch of
-bytes in moeq's own layout, so codes and scales are quantized straight into the file.
+bytes in moeq's own layout, so codes and scales are quantized straight into the file. But for scales
+of groups: the format has one where moeq has two, their product, which bf16 holds exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeq.checkpoint.folder import (
     INDEX_NAME,
@@ -32,13 +34,19 @@ from moeq.checkpoint.folder import (
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_structure import Target
 from moeq.errors import ConfigError, ModelError
+from moeq.int4 import groups
+from moeq.methods.parameters import parameter
 from moeq.plan import LayerPlan
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 
 Entry = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor in a file."""
 
-_PACKED = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+_PACKED = {
+    OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY: 4,
+    OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY: 8,
+}
+"""Codes in an int32."""
 
 _SIGN = 0x80
 """Flipped, it makes int8 codes unsigned ones that are 128 more."""
@@ -62,13 +70,15 @@ class Format(Protocol):
 
     def tensors(self, plan: LayerPlan, own: str, meta: Tensor) -> dict[str, Entry]:
         """What a layer's parameter `own`, which is like `meta`, is made of in a file, in the order
-        of its bytes: "w13_codes", "w2_scale", "weight_codes", ..."""
+        of its bytes: "w13_codes", "w2_scale", "weight_codes", ... Where that is of another size it
+        is for `finish` to write."""
 
     def shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
         """Shapes that the format wants as tensors, by their names."""
 
-    def finish(self, plan: LayerPlan, own: str, codes: Tensor) -> None:
-        """What is left to do once a parameter is quantized."""
+    def finish(self, plan: LayerPlan, layer: nn.Module, files: Mapping[str, Tensor]) -> None:
+        """What is left to do once a layer is quantized; `files`: what its parameters are made of in
+        the file, joined, in the shape of the parameter."""
 
     def config(
         self,
@@ -95,7 +105,7 @@ class Moeq:
         """None."""
         return {}
 
-    def finish(self, plan: LayerPlan, own: str, codes: Tensor) -> None:
+    def finish(self, plan: LayerPlan, layer: nn.Module, files: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
     def config(
@@ -127,8 +137,12 @@ class CompressedTensors:
                     f"{name}: compressed-tensors has no experts with {scheme.value}",
                     hint="fp8_per_channel has it, and is more exact",
                 )
-            if scheme is _PACKED and any(k % 4 for _, k in _shapes(plan)):
-                raise ModelError(f"{name}: rows of {_shapes(plan)} do not pack into whole words")
+            whole = scheme.group or _PACKED.get(scheme, 1)
+            if any(k % whole for _, k in _shapes(plan)):
+                raise ModelError(
+                    f"{name}: rows of {_shapes(plan)} do not pack into whole words and groups:"
+                    f" {whole} columns"
+                )
             if plan.shape.kind == "linear":
                 continue
             if plan.shape.has_bias or any(
@@ -143,7 +157,7 @@ class CompressedTensors:
 
     def tensors(self, plan: LayerPlan, own: str, meta: Tensor) -> dict[str, Entry]:
         """A tensor for each projection of each expert."""
-        stack, kind = own.rsplit("_", 1)
+        stack, kind = own.split("_", 1)
         parts = {"w13": ("gate", "up"), "w2": ("down",), "weight": ("down",)}[stack]
         sources = sorted(
             (source for source in plan.sources if source.part in parts),
@@ -154,29 +168,37 @@ class CompressedTensors:
         for source in sources:
             base = source.spec.name.removesuffix(".weight")
             n, k = source.spec.shape
-            if kind == "scale":
+            if scheme.group is not None and kind == "scale":
+                continue
+            if kind == "group_scale":
+                entries[f"{base}.weight_scale"] = torch.bfloat16, (n, groups(k))
+            elif kind == "scale":
                 by_block = scheme.granularity is Granularity.BLOCK
                 grid = (-(-n // BLOCK), -(-k // BLOCK)) if by_block else (n, 1)
                 entries[f"{base}.weight_scale"] = torch.float32, grid
-            elif scheme is _PACKED:
-                entries[f"{base}.weight_packed"] = torch.int32, (n, k // 4)
+            elif scheme in _PACKED:
+                entries[f"{base}.weight_packed"] = torch.int32, (n, k // _PACKED[scheme])
             else:
                 entries[f"{base}.weight"] = scheme.weight_dtype, (n, k)
         return entries
 
     def shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
         """Those of packed weights."""
-        if plan.scheme is not _PACKED:
+        if plan.scheme not in _PACKED:
             return {}
         return {
             f"{source.spec.name.removesuffix('.weight')}.weight_shape": source.spec.shape
             for source in plan.sources
         }
 
-    def finish(self, plan: LayerPlan, own: str, codes: Tensor) -> None:
-        """Codes that are packed have no sign."""
-        if plan.scheme is _PACKED and own.endswith("_codes"):
-            codes.view(torch.uint8).bitwise_xor_(_SIGN)
+    def finish(self, plan: LayerPlan, layer: nn.Module, files: Mapping[str, Tensor]) -> None:
+        """Codes that are packed have no sign; groups have one scale."""
+        for own, file in files.items():
+            if own.endswith("_group_scale"):
+                row = parameter(layer, own.replace("_group_scale", "_scale"))
+                file.copy_(parameter(layer, own).float() * row[..., None])
+            elif own.endswith("_codes") and plan.scheme in _PACKED and plan.scheme.group is None:
+                file.view(torch.uint8).bitwise_xor_(_SIGN)
 
     def config(
         self,
@@ -189,7 +211,7 @@ class CompressedTensors:
         Raises:
             ConfigError: schemes that the format cannot mix.
         """
-        groups: dict[OnlineQuantScheme, list[str]] = {}
+        by_scheme: dict[OnlineQuantScheme, list[str]] = {}
         for target in targets:
             plan = plans[target.shape.name]
             names = {source.spec.name.removesuffix(".weight") for source in plan.sources}
@@ -197,13 +219,13 @@ class CompressedTensors:
                 patterns = sorted(names)
             else:
                 patterns = sorted({_any_expert(name) for name in names})
-            groups.setdefault(target.scheme, []).extend(patterns)
-        if not groups:
+            by_scheme.setdefault(target.scheme, []).extend(patterns)
+        if not by_scheme:
             raise ConfigError(
                 "nothing is left to quantize, which compressed-tensors has no word for",
                 hint="ignore fewer layers",
             )
-        formats = {_format(scheme) for scheme in groups}
+        formats = {_format(scheme) for scheme in by_scheme}
         if len(formats) > 1:
             raise ConfigError(
                 f"one checkpoint cannot be {' and '.join(sorted(formats))}",
@@ -215,7 +237,7 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{index}": {"targets": names, **_arguments(scheme)}
-                for index, (scheme, names) in enumerate(groups.items())
+                for index, (scheme, names) in enumerate(by_scheme.items())
             },
             "ignore": [],
         }
@@ -242,15 +264,15 @@ def _any_expert(name: str) -> str:
 
 
 def _format(scheme: OnlineQuantScheme) -> str:
-    if scheme is _PACKED:
+    if scheme in _PACKED:
         return "pack-quantized"
     return "int-quantized" if scheme.weight_dtype == torch.int8 else "float-quantized"
 
 
 def _arguments(scheme: OnlineQuantScheme) -> dict[str, Any]:
-    kind = "int" if scheme.weight_dtype == torch.int8 else "float"
+    kind = "float" if scheme.weight_dtype == torch.float8_e4m3fn else "int"
     by_block = scheme.granularity is Granularity.BLOCK
-    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    common = {"num_bits": 8 if scheme.group is None else 4, "type": kind, "symmetric": True}
     weights: dict[str, Any] = common | {"strategy": "channel", "dynamic": False}
     inputs: dict[str, Any] | None = common | {"strategy": "token", "dynamic": True}
     if by_block:
@@ -258,7 +280,9 @@ def _arguments(scheme: OnlineQuantScheme) -> dict[str, Any]:
         inputs = common | {"strategy": "group", "group_size": BLOCK, "dynamic": True}
     if not scheme.quantizes_activations:
         inputs = None
-    if scheme is _PACKED:
+    if scheme.group is not None:
+        weights |= {"strategy": "group", "group_size": scheme.group}
+    elif scheme in _PACKED:
         weights["group_size"] = -1  # a row; vLLM 0.26 takes a missing one for a number
     return {"weights": weights, "input_activations": inputs, "output_activations": None}
 

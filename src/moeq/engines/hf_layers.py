@@ -15,8 +15,6 @@ from moeq.engines.hf_stream import create_method, warn_of_empty_experts
 from moeq.engines.hf_structure import Target, activation_of
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
-from moeq.methods.parameters import parameter
-from moeq.quantize import dequantize
 from moeq.span import Span
 
 
@@ -80,14 +78,9 @@ def quantize_experts(
     warn_of_empty_experts(method, holder, name)
     activation, gate, after = activation_of(target.module)
     method.process_weights_after_loading(holder, activation=activation, gate=gate, after=after)
-    weights, grain = method.weights(holder), method.scheme.granularity
-    parts = 2 if shape.is_gated else 1
     errors = []
     for expert in range(shape.num_experts):
-        acting = (
-            dequantize(weights.w13[expert], weights.w13_scale[expert], grain, parts=parts),
-            dequantize(weights.w2[expert], weights.w2_scale[expert], grain),
-        )
+        acting = method.dequantized(holder, expert)
         errors.append(_relative_error(acting, (experts.w13[expert], experts.w2[expert])))
     return QuantizedLayer(method, holder, None, tuple(errors))
 
@@ -101,8 +94,7 @@ def quantize_linear(
     assert isinstance(method, OnlineLinearMethod)
     method.load(holder, weight, target.shape.name, weight.device)
     method.process_weights_after_loading(holder)
-    codes, scale = parameter(holder, "weight_codes"), parameter(holder, "weight_scale")
-    acting = dequantize(codes, scale, method.scheme.granularity)
+    acting = method.dequantized(holder, torch.float32)
     error = _relative_error((acting,), (weight,))
     return QuantizedLayer(method, holder, linear.bias, (error,))
 

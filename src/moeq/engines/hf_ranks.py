@@ -144,7 +144,7 @@ class Ranks:
             return 0, Shard(0)
         if name == "w2_scale":
             return None, Replicate()
-        if name == "w2_codes":
+        if name in ("w2_codes", "w2_group_scale"):
             return 2, Shard(2)
         # A part of gate, then the same of up
         return 1, _StridedShard(1, split_factor=2) if target.shape.is_gated else Shard(1)

@@ -153,6 +153,7 @@ class _Shard:
             for own in quantized_names(target.module)
         }
         self._parts: dict[tuple[Target, str], list[str]] = {}
+        self._files: dict[Target, dict[str, Tensor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.layout: dict[str, Entry] = {}
         for (target, own), meta in self._metas.items():
@@ -175,15 +176,23 @@ class _Shard:
             tensors[name].copy_(torch.tensor(shape))
         for (target, own), meta in self._metas.items():
             mine = [tensors[name] for name in self._parts[target, own]]
-            whole = joined(mine, meta.dtype, tuple(meta.shape))
+            if sum(part.nbytes for part in mine) == meta.nbytes:
+                whole = joined(mine, meta.dtype, tuple(meta.shape))
+                self._files.setdefault(target, {})[own] = whole
+            else:
+                if mine:
+                    file = joined(mine, mine[0].dtype, tuple(meta.shape))
+                    self._files.setdefault(target, {})[own] = file
+                whole = torch.empty_like(meta, device="cpu")
             setattr(target.module, own, nn.Parameter(whole, requires_grad=False))
         return tensors
 
     def finish(self) -> None:
         """Give the layers their parameters without memory back."""
+        for target, files in self._files.items():
+            self._form.finish(self._plans[target.shape.name], target.module, files)
+        self._files.clear()
         for (target, own), meta in self._metas.items():
-            plan = self._plans[target.shape.name]
-            self._form.finish(plan, own, parameter(target.module, own))
             setattr(target.module, own, meta)
 
 

@@ -285,11 +285,13 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._is_row_split = input_size_per_partition != input_size
         self._is_split = self._is_row_split or outputs != output_size
         sizes = [input_size_per_partition] if self._is_row_split else output_partition_sizes
-        is_blocks = self._grain is Granularity.BLOCK
-        if is_blocks and self._is_split and any(size % BLOCK for size in sizes):
+        size = BLOCK if self._grain is Granularity.BLOCK else 1
+        if self._is_row_split:
+            size = self._method.scheme.group or size
+        if self._is_split and any(part % size for part in sizes):
             raise ModelError(
                 f"{self._name}: tensor parallelism cuts it into parts of {sizes}, which divide"
-                f" blocks of {BLOCK} x {BLOCK} weights that share a scale",
+                f" {size} weights that share a scale",
                 hint="use fewer ranks, or a scheme with a scale per channel",
             )
         self._method.create_weights(
@@ -396,5 +398,8 @@ def _fill(layer: nn.Module) -> None:
             tensor.fill_(1e-4)
         elif tensor.dtype == torch.int8:
             tensor.random_(-127, 128)
+        elif tensor.dtype == torch.uint8:
+            tensor.random_(0, 256)
+            layer.get_parameter(name.replace("codes", "group_scale")).data.fill_(16)
         else:
             tensor.copy_(torch.empty_like(tensor, dtype=torch.bfloat16).normal_(std=50))

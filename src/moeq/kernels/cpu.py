@@ -15,6 +15,7 @@ depends on the dtype of codes and rows, and on how many rows share the cost of p
     fp8            CPUs have no fp8 units, so activations stay unquantized: more exact than the
                    scheme asks. Few rows meet codes decoded to fp16, where PyTorch's GEMV is
                    fast; more rows meet bf16 or fp32.
+    four bits      a tile of codes times their group scales, exact in bf16, then GEMM.
     fp32, fp16     codes decoded to fp32.
 
 Scales are applied in fp32 to the outputs, except those of blocks, which are folded into the
@@ -37,7 +38,7 @@ from torch import Tensor
 from moeq.experts import ExpertWeights
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.quantize import SCALE_MIN
-from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
+from moeq.schemes import BLOCK, GROUP, Granularity, OnlineQuantScheme
 
 # Rows of a run up to which the first way of the module docstring is the faster one.
 # 2-core Zen 5 (AVX-512 VNNI), 64 cold experts of 1536x2048 and 2048x768, 1 and 2 threads.
@@ -81,12 +82,13 @@ class _Chunk(NamedTuple):
 
 
 class _Matrices(NamedTuple):
-    """One projection of every expert: codes [E, N, K], scale, bias [E, N] or None; `ExpertWeights`
-    has the details. A linear is a projection with E = 1."""
+    """One projection of every expert: codes of [E, N, K], scales, bias [E, N] or None;
+    `ExpertWeights` has the details. A linear is a projection with E = 1."""
 
     scheme: OnlineQuantScheme
     codes: Tensor
     scale: Tensor
+    group: Tensor | None
     bias: Tensor | None
     parts: int
 
@@ -111,8 +113,10 @@ def fused_experts(
         [T, H] in the dtype of x, the same bits from run to run.
     """
     scheme, (t, k) = weights.scheme, topk_ids.shape
-    w13 = _Matrices(scheme, weights.w13, weights.w13_scale, weights.b13, weights.parts)
-    w2 = _Matrices(scheme, weights.w2, weights.w2_scale, weights.b2, 1)
+    w13 = _Matrices(
+        scheme, weights.w13, weights.w13_scale, weights.w13_group, weights.b13, weights.parts
+    )
+    w2 = _Matrices(scheme, weights.w2, weights.w2_scale, weights.w2_group, weights.b2, 1)
 
     def layer(rows: Tensor, row_scale: Tensor | None, experts: Tensor, runs: list[_Run]) -> Tensor:
         h = _gate(_project(rows, row_scale, experts, runs, w13), weights.parts, activation)
@@ -139,6 +143,7 @@ def expert_linear(
     topk_ids: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: OnlineQuantScheme,
     parts: int,
@@ -148,8 +153,9 @@ def expert_linear(
     Args:
         x: [T, j, K]; j is k, or 1 where the k experts of a token see the same row.
         topk_ids: [T, k] integer; ids outside 0..E-1 give rows of zeros.
-        weight: codes [E, N, K].
-        scale: fp32, `scale_shape(scheme.granularity, weight.shape, parts)`.
+        weight: codes [E, N, code_columns(K)].
+        scale: fp32, `scale_shape(scheme.granularity, [E, N, K], parts)`.
+        group: e4m3fn, `group_shape(scheme, [E, N, K])`, or None.
         bias: [E, N] or None.
         scheme: what the codes mean.
         parts: projections stacked along N.
@@ -158,7 +164,7 @@ def expert_linear(
         [T, k, N] in the dtype of x.
     """
     (t, k), j = topk_ids.shape, x.shape[1]
-    matrices = _Matrices(scheme, weight, scale, bias, parts)
+    matrices = _Matrices(scheme, weight, scale, group, bias, parts)
     rows, row_scale = _prepare(x.reshape(t * j, x.shape[2]), scheme)
     out = x.new_zeros(t * k, weight.shape[1])
     for slots, experts, runs in _route(topk_ids, weight.shape[0]):
@@ -169,10 +175,16 @@ def expert_linear(
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: OnlineQuantScheme
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    bias: Tensor | None,
+    scheme: OnlineQuantScheme,
 ) -> Tensor:
-    """A quantized `nn.Linear`: x [..., K], codes [N, K], bias [N] or None -> [..., N]."""
-    matrices = _Matrices(scheme, weight[None], scale[None], bias if bias is None else bias[None], 1)
+    """A quantized `nn.Linear`: x [..., K], codes of [N, K], bias [N] or None -> [..., N]."""
+    groups, biases = (None if t is None else t[None] for t in (group, bias))
+    matrices = _Matrices(scheme, weight[None], scale[None], groups, biases, 1)
     pieces = []
     for piece in torch.split(x.reshape(-1, x.shape[-1]), _RUN_ROWS):
         rows, row_scale = _prepare(piece, scheme)
@@ -264,11 +276,13 @@ def _project(
     Returns:
         fp32 [R, N].
     """
-    scheme, codes, scale, bias, _ = matrices
+    scheme, codes, scale, group, bias, _ = matrices
     if rows.dtype == torch.int8:
         y = _int8_runs(rows, runs, codes).float()
     elif codes.dtype == torch.int8:
         y = _weight_only_runs(rows, runs, codes).float()
+    elif group is not None:
+        y = _int4_runs(rows, runs, codes, group).float()
     else:
         y = _fp8_runs(rows, runs, matrices)
     match scheme.granularity:
@@ -317,9 +331,22 @@ def _weight_only_runs(rows: Tensor, runs: list[_Run], codes: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
+def _int4_runs(rows: Tensor, runs: list[_Run], codes: Tensor, group: Tensor) -> Tensor:
+    """bf16 or fp32 rows [R, K], codes [E, N, packed(K)], group scales [E, N, groups(K)] -> [R, N]
+    in the dtype of the rows."""
+    n, k = codes.shape[1], rows.shape[1]
+    out = rows.new_empty(len(rows), n)
+    height = max(1, _TILE // max(k, 1))
+    for expert, start, stop in runs:
+        for i in range(0, n, height):
+            tile = _decode_int4(codes[expert, i : i + height], group[expert, i : i + height])
+            out[start:stop, i : i + height] = rows[start:stop] @ tile[:, :k].to(rows.dtype).t()
+    return out
+
+
 def _fp8_runs(rows: Tensor, runs: list[_Run], matrices: _Matrices) -> Tensor:
     """rows [R, K], fp8 codes [E, N, K] -> fp32 [R, N], with the scales of blocks in it."""
-    scheme, codes, scale, _, parts = matrices
+    scheme, codes, scale, _, _, parts = matrices
     n = codes.shape[1]
     blocks = scheme.granularity is Granularity.BLOCK
     half, single, brain = (_tile(codes, d) for d in (torch.float16, torch.float32, torch.bfloat16))
@@ -384,6 +411,14 @@ def _decode_fp8(codes: Tensor, out: Tensor) -> Tensor:
     """
     wide = out[: len(codes)].view(torch.int16).copy_(codes.view(torch.int8))
     return wide.mul_(128).bitwise_and_(~0x4000).view(torch.float16)
+
+
+def _decode_int4(codes: Tensor, group: Tensor) -> Tensor:
+    """Codes [n, packed(K)] times group scales [n, groups(K)]: bf16 [n, 32 * groups(K)], exactly."""
+    tile = codes.new_empty(*codes.shape, 2, dtype=torch.bfloat16)
+    tile[..., 0].copy_(codes & 15)
+    tile[..., 1].copy_(codes >> 4)
+    return tile.view(*group.shape, GROUP).sub_(8).mul_(group.bfloat16()[..., None]).flatten(1)
 
 
 def _scale_by_row(scale: Tensor, n: int, parts: int) -> Tensor:

@@ -42,18 +42,16 @@ def fused_experts(
         [T, H] in the dtype of x.
     """
     scheme, parts = weights.scheme, weights.parts
-    h13 = _expert_linear_fp32(
-        x[:, None], topk_ids, weights.w13, weights.w13_scale, weights.b13, scheme, parts
-    )
+    w13 = (weights.w13, weights.w13_scale, weights.w13_group)
+    w2 = (weights.w2, weights.w2_scale, weights.w2_group)
+    h13 = _expert_linear_fp32(x[:, None], topk_ids, *w13, weights.b13, scheme, parts)
     act = ACTIVATIONS[activation]
     if weights.is_gated:
         gate, up = h13.chunk(2, dim=-1)
         h = act(gate) * up
     else:
         h = act(h13)
-    y = _expert_linear_fp32(
-        h.to(x.dtype), topk_ids, weights.w2, weights.w2_scale, weights.b2, scheme, 1
-    )
+    y = _expert_linear_fp32(h.to(x.dtype), topk_ids, *w2, weights.b2, scheme, 1)
     local = (topk_ids >= 0) & (topk_ids < weights.num_experts)
     weighted = y * topk_weights.float()[..., None]
     return torch.where(local[..., None], weighted, 0).sum(1).to(x.dtype)
@@ -64,6 +62,7 @@ def expert_linear(
     topk_ids: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: OnlineQuantScheme,
     parts: int,
@@ -73,8 +72,9 @@ def expert_linear(
     Args:
         x: [T, j, K]; j is k, or 1 where the k experts of a token see the same row.
         topk_ids: [T, k] integer; ids outside 0..E-1 give rows of zeros.
-        weight: codes [E, N, K].
-        scale: fp32, `scale_shape(scheme.granularity, weight.shape, parts)`.
+        weight: codes [E, N, code_columns(K)].
+        scale: fp32, `scale_shape(scheme.granularity, [E, N, K], parts)`.
+        group: e4m3fn, `group_shape(scheme, [E, N, K])`, or None.
         bias: [E, N] or None.
         scheme: what the codes mean.
         parts: projections stacked along N.
@@ -82,15 +82,20 @@ def expert_linear(
     Returns:
         [T, k, N] in the dtype of x.
     """
-    return _expert_linear_fp32(x, topk_ids, weight, scale, bias, scheme, parts).to(x.dtype)
+    return _expert_linear_fp32(x, topk_ids, weight, scale, group, bias, scheme, parts).to(x.dtype)
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: OnlineQuantScheme
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    bias: Tensor | None,
+    scheme: OnlineQuantScheme,
 ) -> Tensor:
-    """A quantized `nn.Linear`: x [..., K], codes [N, K], bias [N] or None -> [..., N]."""
+    """A quantized `nn.Linear`: x [..., K], codes of [N, K], bias [N] or None -> [..., N]."""
     rows = x.reshape(-1, x.shape[-1])
-    y = _matmul(rows, weight, scale, scheme, parts=1)
+    y = _matmul(rows, weight, scale, group, scheme, parts=1)
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
@@ -101,6 +106,7 @@ def _expert_linear_fp32(
     topk_ids: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: OnlineQuantScheme,
     parts: int,
@@ -113,16 +119,30 @@ def _expert_linear_fp32(
         here = topk_ids == expert
         if not bool(here.any()):
             continue
-        y = _matmul(x[here], weight[expert], scale[expert], scheme, parts)
+        mine = None if group is None else group[expert]
+        y = _matmul(x[here], weight[expert], scale[expert], mine, scheme, parts)
         out[here] = y if bias is None else y + bias[expert].float()
     return out
 
 
 def _matmul(
-    x: Tensor, codes: Tensor, scale: Tensor, scheme: OnlineQuantScheme, parts: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    scheme: OnlineQuantScheme,
+    parts: int,
 ) -> Tensor:
-    """[M, K] x codes [N, K] -> fp32 [M, N]."""
-    weight = dequantize(codes, scale, scheme.granularity, parts=parts, dtype=torch.float64)
+    """[M, K] x codes of [N, K] -> fp32 [M, N]."""
+    weight = dequantize(
+        codes,
+        scale,
+        scheme.granularity,
+        parts=parts,
+        dtype=torch.float64,
+        group_scale=group,
+        columns=x.shape[-1],
+    )
     if scheme.quantizes_activations:
         x_codes, x_scale = quantize_activations(x, scheme)
         if scheme.granularity is Granularity.BLOCK:

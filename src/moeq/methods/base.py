@@ -8,8 +8,9 @@
                      once: everything must have arrived; the oracle picks the kernel
     apply            the layer after its router
 
-The layer is any `nn.Module`; the method adds `w13_codes`, `w13_scale`, `w2_codes`, `w2_scale` and,
-where experts have them, `w13_bias` and `w2_bias` (layout: `moeq.experts`). So at no time does a
+The layer is any `nn.Module`; the method adds `w13_codes`, `w13_scale`, `w2_codes`, `w2_scale`;
+where the scheme has groups, `w13_group_scale` and `w2_group_scale`; where experts have biases,
+`w13_bias` and `w2_bias` (layout: `moeq.experts`). So at no time does a
 layer's bf16 weight exist as a whole, and nothing depends on the order of arrival.
 
 Under expert parallelism a layer is created with the global ids of its local experts: storage and
@@ -28,20 +29,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moeq import ops
+from moeq import int4, ops
 from moeq.errors import CheckpointError, ModelError
-from moeq.experts import ExpertWeights, scale_shape
+from moeq.experts import ExpertWeights, code_columns, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.methods.matrices import Place, Storage, part_of, quantize_matrices
+from moeq.methods.matrices import Place, part_of, quantize_matrices
 from moeq.methods.parameters import (
     align,
-    check_scale,
+    check_scales,
     check_weight_dtype,
     parameter,
+    register_matrices,
     register_meta,
+    storage,
 )
 from moeq.oracle import Choice, KernelRequest, select_backend
-from moeq.quantize import WEIGHT_DTYPES, check_finite
+from moeq.quantize import WEIGHT_DTYPES, check_finite, dequantize
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 from moeq.span import Span
 
@@ -110,7 +113,7 @@ class OnlineMoEMethodBase:
         self._hidden = hidden_size
         self._intermediate = intermediate_size
         self._dtype = dtype
-        parts = 2 if is_gated else 1
+        parts = self._parts
         shapes = {
             "w13": (len(self._local), parts * intermediate_size, hidden_size),
             "w2": (len(self._local), hidden_size, intermediate_size),
@@ -118,9 +121,7 @@ class OnlineMoEMethodBase:
         self._has_bias = has_bias
         self.expect_all()
         for name, shape in shapes.items():
-            register_meta(layer, f"{name}_codes", shape, self.scheme.weight_dtype)
-            grid = scale_shape(self.scheme.granularity, shape, parts if name == "w13" else 1)
-            register_meta(layer, f"{name}_scale", grid, torch.float32)
+            register_matrices(layer, name, shape, self.scheme, parts if name == "w13" else 1)
             if has_bias:
                 register_meta(layer, f"{name}_bias", shape[:2], dtype)
 
@@ -133,11 +134,11 @@ class OnlineMoEMethodBase:
                 hint="share the experts (expert parallelism)",
             )
         ends = (channels.start, channels.stop)
-        divides = any(end % BLOCK and end != self._all_channels for end in ends)
-        if self.scheme.granularity is Granularity.BLOCK and divides:
+        size = BLOCK if self.scheme.granularity is Granularity.BLOCK else self.scheme.group or 1
+        if any(end % size and end != self._all_channels for end in ends):
             raise ModelError(
-                f"channels {channels.start} to {channels.stop} of {self._all_channels} divide a"
-                f" block of {BLOCK} x {BLOCK} weights, which share a scale",
+                f"channels {channels.start} to {channels.stop} of {self._all_channels} divide"
+                f" {size} weights of a row, which share a scale",
                 hint="share the experts (expert parallelism), use fewer ranks, or a scheme with a"
                 " scale per channel",
             )
@@ -174,7 +175,12 @@ class OnlineMoEMethodBase:
         slots = torch.nonzero(torch.stack(ones).all(0))[:, 0].tolist() if ones else []
         codes = [parameter(layer, f"{name}_codes") for name in names]
         experts = list(self._local)
-        return [experts[s] for s in slots if not any(bool(c[s].float().any()) for c in codes)]
+        zero = int4.ZERO if self.scheme.group else 0
+        return [experts[s] for s in slots if all(bool((c[s].float() == zero).all()) for c in codes)]
+
+    @property
+    def _parts(self) -> int:
+        return 2 if self._is_gated else 1
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -226,10 +232,7 @@ class OnlineMoEMethodBase:
     ) -> None:
         waiting, local, channels = self._waiting, self._local, self._channels
         strides = {projection: self._strides(projection) for projection in self.projections}
-        storages = [
-            Storage(parameter(layer, f"{w}_codes").data, parameter(layer, f"{w}_scale").data)
-            for w in ("w13", "w2")
-        ]
+        storages = [storage(layer, name) for name in ("w13", "w2")]
         device = storages[0].codes.device
         ready: tuple[list[Place], list[Place]] = [], []
         for expert, projection, weight, name in arrivals:
@@ -255,8 +258,8 @@ class OnlineMoEMethodBase:
             ready[projection == "down"].extend(self._ready(expert, projection, place, device))
             waiting.discard(arrival)  # at once: it could come a second time
             taken.append(arrival)
-        for storage, places in zip(storages, ready):
-            quantize_matrices(storage, places, self.scheme.granularity)
+        for matrices, places in zip(storages, ready):
+            quantize_matrices(matrices, places, self.scheme.granularity)
 
     def load_bias(
         self, layer: nn.Module, expert: int, projection: Projection, bias: Tensor, name: str
@@ -329,8 +332,8 @@ class OnlineMoEMethodBase:
         Raises:
             CheckpointError: scales of the layer called `name` that no quantizer makes.
         """
-        for scale in ("w13_scale", "w2_scale"):
-            check_scale(parameter(layer, scale), f"{name}.{scale}")
+        for matrices in ("w13", "w2"):
+            check_scales(layer, matrices, name)
         self._waiting.clear()
         for codes in ("w13_codes", "w2_codes"):
             align(parameter(layer, codes))
@@ -345,7 +348,27 @@ class OnlineMoEMethodBase:
             parameter(layer, "w2_scale"),
             layer._parameters.get("w13_bias"),
             layer._parameters.get("w2_bias"),
+            layer._parameters.get("w13_group_scale"),
+            layer._parameters.get("w2_group_scale"),
+            parts=self._parts,
         )
+
+    def dequantized(self, layer: nn.Module, expert: int) -> tuple[Tensor, Tensor]:
+        """What acts of the expert in a slot: fp32 [P * I, H], gate then up, and [H, I]."""
+        stacks = ("w13", self._hidden, self._parts), ("w2", self._intermediate, 1)
+        w13, w2 = (
+            dequantize(
+                codes[expert],
+                scales[expert],
+                self.scheme.granularity,
+                parts=parts,
+                group_scale=None if groups is None else groups[expert],
+                columns=columns,
+            )
+            for name, columns, parts in stacks
+            for codes, scales, groups in [storage(layer, name)]
+        )
+        return w13, w2
 
     def apply(self, layer: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer after its router.
@@ -373,6 +396,9 @@ class OnlineMoEMethodBase:
             parameter(layer, "w2_scale"),
             layer._parameters.get("w13_bias"),
             layer._parameters.get("w2_bias"),
+            layer._parameters.get("w13_group_scale"),
+            layer._parameters.get("w2_group_scale"),
+            self._parts,
             self.scheme.value,
             self._activation,
             self.choice.backend.name,
@@ -390,9 +416,10 @@ class OnlineMoEMethodBase:
             topk_ids,
             parameter(layer, "w13_codes"),
             parameter(layer, "w13_scale"),
+            layer._parameters.get("w13_group_scale"),
             layer._parameters.get("w13_bias"),
             scheme,
-            2 if self._is_gated else 1,
+            self._parts,
             backend,
         )
         h = self._gate(h13.flatten(0, 1)).view(*topk_ids.shape, self._intermediate)
@@ -401,6 +428,7 @@ class OnlineMoEMethodBase:
             topk_ids,
             parameter(layer, "w2_codes"),
             parameter(layer, "w2_scale"),
+            layer._parameters.get("w2_group_scale"),
             layer._parameters.get("w2_bias"),
             scheme,
             1,
@@ -441,12 +469,13 @@ class OnlineMoEMethodBase:
         down = projection == "down"
         n, k = (self._hidden, self._intermediate) if down else (self._intermediate, self._hidden)
         scales = math.prod(scale_shape(self.scheme.granularity, (n, k)))
-        parts = 2 if self._is_gated and not down else 1
+        codes = n * code_columns(self.scheme, k)
+        parts = 1 if down else self._parts
         second = int(projection == "up" and self._is_gated)
         shape = (n, self._all_channels) if down else (self._all_channels, k)
         if self.scheme.granularity is Granularity.TENSOR:  # gate and up share theirs
-            return shape, parts * n * k, second * n * k, scales, 0
-        return shape, parts * n * k, second * n * k, parts * scales, second * scales
+            return shape, parts * codes, second * codes, scales, 0
+        return shape, parts * codes, second * codes, parts * scales, second * scales
 
     def _rows(self, projection: Projection) -> slice:
         """Rows of w13 that belong to a projection."""
@@ -466,5 +495,6 @@ class OnlineMoEMethodBase:
         return True
 
     def _parameter_names(self, layer: nn.Module) -> list[str]:
-        ours = ("w13_codes", "w13_scale", "w2_codes", "w2_scale", "w13_bias", "w2_bias")
+        kinds = ("codes", "scale", "group_scale", "bias")
+        ours = [f"{name}_{kind}" for name in ("w13", "w2") for kind in kinds]
         return [name for name in ours if name in layer._parameters]

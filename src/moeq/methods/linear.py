@@ -1,5 +1,6 @@
 """`OnlineLinearMethod`: the same life for the weight of an `nn.Linear`, under any scheme that
-covers linears. The layer gets `weight_codes` [N, K] and `weight_scale`; its bias stays as it is."""
+covers linears. The layer gets `weight_codes`, `weight_scale` and, where the scheme has groups,
+`weight_group_scale`; its bias stays as it is."""
 
 from __future__ import annotations
 
@@ -8,9 +9,15 @@ from torch import Tensor, nn
 
 from moeq import ops
 from moeq.errors import CheckpointError
-from moeq.experts import scale_shape
-from moeq.methods.matrices import Place, Storage, quantize_matrices
-from moeq.methods.parameters import align, check_scale, check_weight_dtype, parameter, register_meta
+from moeq.methods.matrices import Place, quantize_matrices
+from moeq.methods.parameters import (
+    align,
+    check_scales,
+    check_weight_dtype,
+    parameter,
+    register_matrices,
+    storage,
+)
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
@@ -30,13 +37,11 @@ class OnlineLinearMethod:
     def create_weights(
         self, layer: nn.Module, *, in_features: int, out_features: int, dtype: torch.dtype
     ) -> None:
-        """Register codes [out, in] and fp32 scales on the meta device; `dtype`: activations'."""
+        """Register codes and scales of [out, in] on the meta device; `dtype`: activations'."""
         self._dtype = dtype
         self._width = in_features
         shape = (out_features, in_features)
-        register_meta(layer, "weight_codes", shape, self.scheme.weight_dtype)
-        grid = scale_shape(self.scheme.granularity, shape)
-        register_meta(layer, "weight_scale", grid, torch.float32)
+        register_matrices(layer, "weight", shape, self.scheme)
 
     def load(
         self,
@@ -62,18 +67,21 @@ class OnlineLinearMethod:
         """
         if self._loaded:
             raise CheckpointError(f"{name}: arrived before")
-        shape = tuple(parameter(layer, "weight_codes").shape)
+        shape = (parameter(layer, "weight_codes").shape[0], self._width)
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
         check_weight_dtype(weight, name)
         if parameter(layer, "weight_codes").is_meta:
-            for own in ("weight_codes", "weight_scale"):
+            for own in self._own(layer):
                 empty = torch.empty_like(parameter(layer, own), device=device)
                 setattr(layer, own, nn.Parameter(empty, requires_grad=False))
-        codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
         place = Place(Span.of(weight), 0, 0, name, amax)
-        quantize_matrices(Storage(codes.data, scale.data), [place], self.scheme.granularity)
+        quantize_matrices(storage(layer, "weight"), [place], self.scheme.granularity)
         self._loaded = True
+
+    def _own(self, layer: nn.Module) -> list[str]:
+        kinds = ("codes", "scale", "group_scale")
+        return [name for kind in kinds if (name := f"weight_{kind}") in layer._parameters]
 
     def expect_all(self) -> None:
         """The weight is to arrive anew."""
@@ -109,7 +117,7 @@ class OnlineLinearMethod:
         Raises:
             CheckpointError: scales of the layer called `name` that no quantizer makes.
         """
-        check_scale(parameter(layer, "weight_scale"), f"{name}.weight_scale")
+        check_scales(layer, "weight", name)
         self._loaded = True
         align(parameter(layer, "weight_codes"))
 
@@ -120,10 +128,17 @@ class OnlineLinearMethod:
         self.check_arrived("a linear layer")
         self.choice = self.select_backend(parameter(layer, "weight_codes").device)
 
-    def dequantized(self, layer: nn.Module) -> Tensor:
-        """The weight [N, K] as it acts, in the activations' dtype."""
-        codes, scale = parameter(layer, "weight_codes"), parameter(layer, "weight_scale")
-        return dequantize(codes, scale, self.scheme.granularity, dtype=self._dtype)
+    def dequantized(self, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K] as it acts, in the activations' dtype or another."""
+        codes, scale, groups = storage(layer, "weight")
+        return dequantize(
+            codes,
+            scale,
+            self.scheme.granularity,
+            dtype=dtype or self._dtype,
+            group_scale=groups,
+            columns=self._width,
+        )
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x, plus the bias [N]."""
@@ -132,6 +147,7 @@ class OnlineLinearMethod:
             x,
             parameter(layer, "weight_codes"),
             parameter(layer, "weight_scale"),
+            layer._parameters.get("weight_group_scale"),
             bias,
             self.scheme.value,
             self.choice.backend.name,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moeq import int4
 from moeq.experts import scale_shape
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import Granularity
@@ -25,10 +26,13 @@ class Storage(NamedTuple):
     Attributes:
         codes: contiguous; its dtype and device decide.
         scales: fp32, contiguous.
+        groups: e4m3fn, contiguous, where codes have four bits. A group of a matrix lies where its
+            codes do, in units of groups.
     """
 
     codes: Tensor
     scales: Tensor
+    groups: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -36,7 +40,8 @@ class Place(NamedTuple):
 
     Attributes:
         weight: [N, K], fp16, bf16 or fp32, on any device.
-        at: element of the codes where this one's [N, K] begin; they are written.
+        at: element of the codes where this one's [N, K] (of four bits: [N, packed(K)]) begin; they
+            are written.
         scale_at: element of the scales where its own begin, `scale_shape(granularity, [N, K])`;
             they are written. Under `Granularity.TENSOR` matrices can share one.
         name: of the tensor in the checkpoint, for messages.
@@ -79,7 +84,7 @@ def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Gr
         NonFiniteError: NaN or Inf among the values. On a GPU nothing waits for the answer: there
             they come out as scales that are not finite, which `check_finite` finds.
     """
-    codes, scales = storage
+    codes, scales, groups = storage
     if places and _has_kernel(codes):
         fused = [place for place in places if place.amax is None]
         if fused:
@@ -105,14 +110,21 @@ def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Gr
         shape = scale_shape(granularity, tuple(weight.shape))
         scale = scales.view(-1)[scale_at : scale_at + math.prod(shape)].view(shape)
         scale.copy_(scale_from_amax(group_amax, codes.dtype))
-        out = codes.view(-1)[at : at + weight.numel()].view(weight.shape)
-        quantize(weight, scale, codes.dtype, granularity, out=out)
+        if groups is None:
+            out = codes.view(-1)[at : at + weight.numel()].view(weight.shape)
+            quantize(weight, scale, codes.dtype, granularity, out=out)
+        else:
+            n, count = len(weight), int4.groups(weight.shape[1])
+            first = at // int4.GROUP_BYTES
+            mine = groups.view(-1)[first : first + n * count].view(n, count)
+            out = codes.view(-1)[at : at + mine.numel() * int4.GROUP_BYTES].view(n, -1)
+            int4.quantize(weight, scale, out, mine)
 
 
 def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    codes, scales = storage
+    codes, scales, groups = storage
     device = codes.get_device()
     alike: dict[torch.dtype, list[Place]] = {}
     for place in places:

@@ -56,6 +56,7 @@ def expert_linear(
     topk_ids: Tensor,
     weight: Tensor,
     scale: Tensor,
+    group: Tensor | None,
     bias: Tensor | None,
     scheme: OnlineQuantScheme,
     parts: int,
@@ -65,8 +66,9 @@ def expert_linear(
     Args:
         x: [T, j, K]; j is k, or 1 where the k experts of a token see the same row.
         topk_ids: [T, k] integer; ids outside 0..E-1 give rows of zeros.
-        weight: codes [E, N, K].
-        scale: fp32, `scale_shape(scheme.granularity, weight.shape, parts)`.
+        weight: codes [E, N, code_columns(K)].
+        scale: fp32, `scale_shape(scheme.granularity, [E, N, K], parts)`.
+        group: e4m3fn, `group_shape(scheme, [E, N, K])`, or None.
         bias: [E, N] or None.
         scheme: what the codes mean.
         parts: projections stacked along N.
@@ -104,7 +106,12 @@ def expert_linear(
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: OnlineQuantScheme
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    bias: Tensor | None,
+    scheme: OnlineQuantScheme,
 ) -> Tensor:
     """A quantized `nn.Linear`: x [..., K], codes [N, K], bias [N] or None -> [..., N]."""
     from moeq.kernels.triton import layer, plans

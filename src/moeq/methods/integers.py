@@ -1,4 +1,4 @@
-"""int8 experts: symmetric codes, one fp32 scale per output row."""
+"""Experts of integer codes, a scale to a row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ class Int8OnlineMoEMethod(OnlineMoEMethodBase):
     """Weight-only: activations stay in the model's dtype."""
 
     scheme: ClassVar[OnlineQuantScheme] = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+
+
+class Int4OnlineMoEMethod(OnlineMoEMethodBase):
+    """Weight-only, four bits to a code, a second scale to a group of columns (`moeq.int4`)."""
+
+    scheme: ClassVar[OnlineQuantScheme] = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
 
 
 class Int8W8A8OnlineMoEMethod(OnlineMoEMethodBase):
