@@ -17,6 +17,7 @@ from torch import Tensor
 import moeq
 from moeq import OnlineQuantizationConfig
 from moeq.embedded import PROMPT, held_out_text, model_folder
+from moeq.engines.offline import quantize_checkpoint
 from moeq.schemes import OnlineQuantScheme
 from tests.vllm_engine.conftest import DEVICE, Job
 
@@ -400,6 +401,28 @@ def test_experts_with_biases_and_a_clamped_gate(
     prompts = found["prompts"]
     noise = distance(judged(plain, prompts), found["bf16"]["logprobs"])
     assert distance(judged(mine, prompts), found[scheme]["logprobs"]) <= 4 * noise
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a test of vLLM's CPU build")
+def test_vllm_without_the_plugin_reads_linears_of_four_bits(
+    vllm_job: Job, prompts: list[list[int]], floor: float, tmp_path: Path
+) -> None:
+    """Its CPU build has a kernel for them on every machine; for experts it wants AMX."""
+    chosen = OnlineQuantizationConfig(moe="none", linear="int4_per_group_weight_only")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    quantize_checkpoint(model_folder(), chosen, whole, file_format="compressed-tensors")
+
+    def turn(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name] = tensors[name].roll(1, 0)
+
+    changed(whole, broken, turn)
+    runs = {name: EAGER | {"model": str(path)} for name, path in (("ct", whole), ("no", broken))}
+    found = vllm_job(whole, prompts, runs, plugins="")
+    assert "error" not in found["ct"], found["ct"]
+    mine = judged(moeq.load(model_folder(), chosen), prompts)
+    assert distance(mine, found["ct"]["logprobs"]) <= 4 * floor
+    assert distance(mine, found["no"]["logprobs"]) > 40 * floor
 
 
 def test_random_codes_where_vllm_is_asked_for_dummies(one: dict[str, Any]) -> None:
