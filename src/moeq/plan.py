@@ -142,6 +142,11 @@ class LayerPlan:
         return sum(self._read_bytes(source) for source in self.sources if source.is_bias)
 
     @property
+    def original_bytes(self) -> int:
+        """Of what is read here, were it held unquantized."""
+        return sum(self._read_bytes(source, source.spec.held_bytes) for source in self.sources)
+
+    @property
     def skipped_bytes(self) -> int:
         """Of this layer's tensors, what other ranks read."""
         return sum(source.spec.nbytes for source in self.sources) - self.source_bytes
@@ -152,8 +157,9 @@ class LayerPlan:
         itemsizes = [s.spec.dtype.itemsize for s in self.sources if s.is_bias]
         return self.shape.quantized_bytes(self.scheme, itemsizes[0] if itemsizes else 0)
 
-    def _read_bytes(self, source: Source) -> int:
-        nbytes, experts = source.spec.nbytes, self.shape.experts
+    def _read_bytes(self, source: Source, nbytes: int | None = None) -> int:
+        """A rank's share of a tensor; of its `nbytes`, those stored where absent."""
+        nbytes, experts = nbytes or source.spec.nbytes, self.shape.experts
         if self.shape.reads_rows(source):
             nbytes = nbytes * len(self.shape.channels) // self.shape.intermediate_size
         if source.expert is None:
@@ -176,6 +182,7 @@ class LoadPlan:
         window_bytes: the most that loading holds beyond the final weights, where they are.
         host_bytes: the most that it holds in main memory, the final weights aside.
         mapped_bytes: of the final weights, what stays in the files and is mapped from there.
+        decoded_bytes: by which tensors that are kept grow, because they are stored as codes.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -187,12 +194,14 @@ class LoadPlan:
     window_bytes: int
     host_bytes: int
     mapped_bytes: int
+    decoded_bytes: int = 0
 
     @property
     def final_bytes(self) -> int:
-        """Weights held once loaded: quantized layers, and everything else as it is stored."""
+        """Weights held once loaded: quantized layers, and everything else as it is stored, or in
+        bf16 where that is as codes."""
         saved = sum(layer.source_bytes - layer.final_bytes for layer in self.layers)
-        return self.checkpoint_bytes - saved
+        return self.checkpoint_bytes + self.decoded_bytes - saved
 
     @property
     def peak_bytes(self) -> int:
@@ -289,9 +298,10 @@ def check_source(shape: LayerShape, source: Source) -> None:
     want: tuple[int, ...] = (n,) if source.is_bias else (k, n) if source.transposed else (n, k)
     if source.expert is None and shape.kind == "moe":
         want = (shape.num_experts, *want)
-    if spec.shape != want:
+    found = spec.stored_shape
+    if found != want:
         raise CheckpointError(
-            f"{spec.file.name}: {spec.name!r} has shape {list(spec.shape)}, expected {list(want)}"
+            f"{spec.file.name}: {spec.name!r} has shape {list(found)}, expected {list(want)}"
             f" for {shape.name}",
             hint="config.json and checkpoint disagree",
         )

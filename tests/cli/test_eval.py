@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.cli.test_cli import moeq as run
 
 from moeq import OnlineQuantizationConfig, load
@@ -98,6 +99,47 @@ def test_bad_arguments(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
         assert "cannot be written" in refused("eval", MODEL, "--report", f"{tmp_path}/locked/r")
+
+
+def test_writes_through_links_and_over_no_device(tmp_path: Path) -> None:
+    words = ("eval", MODEL, "-q", INT8, "--tokens", "512", "--report")
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    assert "is there, and no file" in refused(*words, str(pipe))
+    link.symlink_to(target)
+    assert run(*words, str(link)).returncode == 0
+    assert link.is_symlink()
+    assert target.read_text().startswith("<!doctype html>")
+    text = tmp_path / "text"
+    text.write_text("x = 1\n" * 2000)
+    assert "is the text" in refused(*words, str(text), "--text", str(text))
+
+
+def test_refinements_hold_for_every_scheme_and_for_auto() -> None:
+    result = json_of("eval", MODEL, "--linear", "none", "--ignore", "*.0.mlp.experts",
+                     "--tokens", "512")  # fmt: skip
+    assert len(result["schemes"]) == 5
+    assert {len(scheme["layers"]) for scheme in result["schemes"]} == {4}
+    found = json_of("plan", MODEL, "-q", "auto", "--memory", "25MB", "--ignore", "*.0.mlp.experts")
+    assert "model.layers.0.mlp.experts" not in found["chosen"]["layers"]
+    assert "nothing to quantize" in refused("eval", MODEL, "--moe", "none", "--linear", "none")
+
+
+def test_json_has_no_infinities(tmp_path: Path) -> None:
+    """A perplexity beyond what a number holds."""
+    copy = tmp_path / "copy"
+    shutil.copytree(MODEL, copy)
+    for file in copy.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] *= 1e4
+        save_file(tensors, file, metadata={"format": "pt"})
+    text = tmp_path / "text"
+    text.write_text("x = 1\n" * 2000)
+    done = run("eval", str(copy), "-q", INT8, "--tokens", "512", "--text", str(text), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "Infinity" not in done.stdout
+    assert "NaN" not in done.stdout
 
 
 def test_a_chosen_mixture_is_a_config_for_every_command(tmp_path: Path) -> None:

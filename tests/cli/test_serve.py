@@ -77,7 +77,7 @@ def test_a_taken_port_is_named() -> None:
 def test_no_scheme_for_an_unquantized_model(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before vLLM would serve it as it is."""
     monkeypatch.setattr("moeq.engines.serve.has_package", lambda name: True)
-    with pytest.raises(ConfigError, match="is not quantized and no scheme is named"):
+    with pytest.raises(ConfigError, match="is not quantized by moeq and no scheme is named"):
         CliRunner().invoke(
             serve,
             [str(model_folder()), "--engine", engine, "--port", str(free_port())],

@@ -8,6 +8,7 @@ each other forever.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from moeq.errors import CheckpointError, ModelError, RefreshError
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
 from tests.engines.models import BY_NAME, Architecture
+from tests.engines.published import FP8_BLOCKS, MXFP4, fp8_blocks
 from tests.engines.tools import assert_same_state, bits
 
 RANKS = 2
@@ -78,6 +80,16 @@ def make_folders(folder: Path) -> None:
     for name, odd in ("odd_experts", "num_experts"), ("odd_channels", "moe_intermediate_size"):
         config = transformers.Qwen3MoeConfig.from_pretrained(folder / "qwen3_moe", **{odd: 7})
         QWEN.model_class(config).to(torch.bfloat16).save_pretrained(folder / name)
+    MXFP4.write(folder / "mxfp4")
+    FP8_BLOCKS.write(folder / "fp8")
+    dataclasses.replace(FP8_BLOCKS, architecture=QWEN, encode=_of_experts).write(folder / "experts")
+
+
+def _of_experts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Experts in fp8, everything else as it is."""
+    experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    stored, decoded = fp8_blocks(experts)
+    return tensors | stored, tensors | decoded
 
 
 def load(
@@ -339,6 +351,33 @@ def what_the_readme_says(folder: Path) -> None:
 
 
 @check
+def experts_that_are_published_quantized(folder: Path) -> None:
+    """A rank decodes its experts, or its rows of them; what is kept in codes it cannot share."""
+    for name, architecture, scheme, way in (
+        ("mxfp4", GPT_OSS, WEIGHT_ONLY, BY_EXPERT),
+        ("experts", QWEN, FP8, BY_EXPERT),
+        ("experts", QWEN, WEIGHT_ONLY, BY_CHANNEL),
+    ):
+        plan = {"tp_plan": WHOLE_HEAD} if architecture is GPT_OSS else {}
+        model = moeq.load(
+            folder / name / "published",
+            OnlineQuantizationConfig(moe=scheme),
+            distributed_config=DistributedConfig(**way, **plan),
+            dtype=torch.float32,
+        )
+        whole = load_alone(folder / name / "original", architecture, scheme)
+        assert_share(model, whole, way, architecture)
+        with torch.no_grad():
+            assert_same_logits(model, whole)
+    with pytest.raises(ModelError, match="stored as codes and not quantized"), nothing_allocated():
+        moeq.load(
+            folder / "fp8" / "published",
+            OnlineQuantizationConfig(moe=FP8),
+            distributed_config=DistributedConfig(**BY_EXPERT),
+        )
+
+
+@check
 def moeq_load_takes_ranks(folder: Path) -> None:
     config = DistributedConfig(**BY_EXPERT)
     seen: list[tuple[int, int]] = []
@@ -432,7 +471,7 @@ def an_incomplete_checkpoint_is_refused_on_every_rank(folder: Path) -> None:
     del specs["model.layers.0.mlp.experts.1.up_proj.weight"]
     with (
         nothing_allocated(),
-        mock.patch("moeq.engines.transformers.read_headers", lambda files: specs),
+        mock.patch("moeq.engines.transformers.read_specs", lambda files: specs),
         pytest.raises(CheckpointError, match=r"experts\.1\.up_proj"),
     ):
         load(folder / "qwen3_moe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from moeq.engines.choose import (
 )
 from moeq.engines.evaluate import evaluate
 from moeq.engines.load import empty_model, load_tokenizer
-from moeq.engines.planning import plan_load
+from moeq.engines.planning import cache_bytes, plan_load
 from moeq.errors import ConfigError
 from moeq.fidelity.choose import choose
 from moeq.schemes import OnlineQuantScheme
@@ -116,3 +117,18 @@ def test_patterns_and_kinds_hold_for_mixtures_too(tmp_path: Path) -> None:
         model_folder(), configs, errors, memory=14_000_000, context=1, device=CPU
     )
     assert set(found.choice) == {f"model.layers.{i}.mlp.experts" for i in range(1, 5)}
+
+
+def test_a_byte_less_than_a_choice_needs_is_another_choice() -> None:
+    """And found at once: the search used to come nearer by a byte at a time."""
+    empty, specs = empty_model(model_folder()), read_headers(checkpoint_files(model_folder()))
+    errors = errors_by("weights")
+    for config in CONFIGS.values():
+        (plan,) = plan_load(empty, specs, config, [CPU])
+        memory = max(plan.peak_bytes, plan.final_bytes + (cache_bytes(empty, 1) or 0)) - 1
+        found = None
+        with contextlib.suppress(ConfigError):  # nothing else may be as small
+            found = choose_mixture(
+                model_folder(), CONFIGS, errors, memory=memory, context=1, device=CPU
+            )
+        assert found is None or found.need <= memory

@@ -17,8 +17,9 @@ from torch import Tensor
 import moeq
 from moeq import OnlineQuantizationConfig
 from moeq.embedded import held_out_text, model_folder
-from moeq.engines import evaluate as module
+from moeq.engines import passes
 from moeq.engines.evaluate import evaluate
+from moeq.engines.hf_deferred import load_deferred
 from moeq.engines.load import load_tokenizer
 from moeq.errors import CheckpointError, ConfigError, ModelError, NonFiniteError, PatternError
 from moeq.methods import matrices
@@ -98,7 +99,7 @@ def without_times(found: Any) -> dict[str, Any]:
 def test_is_the_same_in_several_readings(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluated(qwen, INT8, FP8, windows=5)
     read: list[int] = []
-    monkeypatch.setattr(module, "_IN_FLIGHT", 1)
+    monkeypatch.setattr(passes, "_IN_FLIGHT", 1)
     parts = evaluated(qwen, INT8, FP8, windows=5, progress=lambda done, total: read.append(total))
     assert without_times(parts) == without_times(whole)
     once = sum(f.stat().st_size for f in qwen.glob("*.safetensors"))
@@ -190,6 +191,63 @@ def test_what_text_does_not_reach_is_said(save: Callable[[Architecture], Path]) 
     assert not any("visual" in layer.name for layer in found.layers)
 
 
+def test_the_noise_and_routers_do_not_depend_on_what_is_asked(qwen: Path) -> None:
+    """Layers that nobody quantizes run and are seen too; their experts are not loaded before."""
+    first, second = QWEN.experts
+    whole = evaluated(qwen, INT8)
+    one = OnlineQuantizationConfig(targets={second: INT8})
+    linears = OnlineQuantizationConfig(moe="none", linear=FP8)
+    ids = some_ids()
+    parts = evaluate(qwen, {"one": one, "linears": linears}, ids, window=WINDOW)
+    assert parts.noise_floor == whole.noise_floor
+    assert parts.experts == whole.experts
+    assert all(scheme.fidelity.router_agreement is not None for scheme in parts.schemes)
+    alone = evaluate(qwen, {"one": one}, ids, window=WINDOW)
+    assert alone.schemes[0].fidelity == parts.schemes[0].fidelity
+    for config in (one, linears):
+        deferred = load_deferred(qwen, [config], torch.device("cpu"))
+        assert set(deferred.experts) == {first, second}
+        assert not any(".experts." in name for name, _ in deferred.model.named_parameters())
+
+
+def test_ids_as_tokenizers_return_them_and_schemes_by_name(qwen: Path) -> None:
+    plain = evaluated(qwen, INT8)
+    ids = some_ids()
+    for same in (ids[None], ids.tolist(), ids.int()):
+        found = evaluate(qwen, {INT8: INT8}, same, window=WINDOW)
+        assert without_times(found) == without_times(plain)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.ones(64), {}, "token ids are torch.float32"),
+        (torch.ones(2, 64, dtype=torch.long), {}, r"torch.int64 \[2, 64\], expected"),
+        (torch.full((64,), -1), {}, "token id -1"),
+        (some_ids(), {"window": 1}, "a window of 1 tokens"),
+        (some_ids(), {"device": "cudaa"}, "unknown device 'cudaa'"),
+        (some_ids(), {"device": "meta"}, "moeq runs on CPUs and CUDA"),
+        (some_ids(), {"device": "cuda:99"}, "cuda:99 is not there"),
+    ],
+)
+def test_arguments_that_mean_nothing(
+    qwen: Path, ids: Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(qwen, configs(INT8), ids, **options)
+
+
+def test_an_expert_of_zeros_is_warned_of(qwen: Path) -> None:
+    def empty(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.startswith(f"{EXPERTS}.3."):
+                tensor.zero_()
+
+    rewrite(qwen, empty)
+    with pytest.warns(UserWarning, match="every weight is zero in expert 3"):
+        evaluated(qwen, INT8)
+
+
 def test_bad_input(qwen: Path, tmp_path: Path, nothing_allocated: None) -> None:
     with pytest.raises(ConfigError, match="no scheme"):
         evaluate(qwen, {}, some_ids())
@@ -216,11 +274,20 @@ def test_a_weight_that_is_no_number_is_named(qwen: Path) -> None:
         evaluated(qwen, INT8)
 
 
+def test_logits_that_are_no_numbers_are_named(qwen: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"][5] = torch.nan
+
+    rewrite(qwen, spoil)
+    with pytest.raises(ModelError, match="logits of window 0 are not numbers with the original"):
+        evaluated(qwen, INT8)
+
+
 def test_a_failing_pass_leaves_nothing_behind(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(module, "divergence", fail)
+    monkeypatch.setattr(passes, "divergence", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         evaluated(qwen, INT8)
     monkeypatch.undo()

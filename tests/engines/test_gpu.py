@@ -13,6 +13,7 @@ import moeq
 from moeq.errors import NonFiniteError, RefreshError
 from moeq.schemes import OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, Architecture
+from tests.engines.published import FP8_BLOCKS, MXFP4, Published
 from tests.engines.test_refresh import addresses, nan, saved, tensors_of
 from tests.engines.tools import EXPERT_WEIGHT, FP8, INT8, QWEN, assert_same_state, load, rewrite
 
@@ -96,3 +97,13 @@ def test_values_that_are_not_finite_are_named_without_anyone_having_waited(tmp_p
         moeq.refresh(model, [(name, t.cuda()) for name, t in tensors_of(folder)])
     moeq.refresh(model, tensors)
     assert bool(torch.isfinite(model(torch.arange(9, device="cuda")[None]).logits).all())
+
+
+@pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
+@pytest.mark.parametrize("published", [MXFP4, FP8_BLOCKS], ids=["mxfp4", "fp8"])
+def test_published_codes_are_decoded_there(
+    published: Published, scheme: OnlineQuantScheme, tmp_path: Path
+) -> None:
+    """Experts, and linears that some schemes keep."""
+    ours, theirs = published.write(tmp_path)
+    assert_same_bytes(moeq.load(ours, scheme.value, device="cuda"), moeq.load(theirs, scheme.value))

@@ -49,3 +49,11 @@ def test_small_ones_are_not_lost() -> None:
     expected = 0.5 * ((p * dx**2).sum(-1) - (p * dx).sum(-1) ** 2)
     found = divergence(theirs, theirs + dx).kl
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-15)
+
+
+def test_what_is_impossible_adds_nothing() -> None:
+    """Some models mask ids that their tokenizer does not have."""
+    theirs, ours = some_logits(0), some_logits(1)
+    expected = divergence(theirs[:, 5:], ours[:, 5:]).kl
+    theirs[:, :5] = ours[:, :5] = -torch.inf
+    assert torch.allclose(divergence(theirs, ours).kl, expected)

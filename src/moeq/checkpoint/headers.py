@@ -66,7 +66,8 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one tensor lies and what it is.
+    """Where one tensor lies and what it is; `moeq.checkpoint.encodings` has some that are stored as
+    two.
 
     Attributes:
         name: in the checkpoint.
@@ -85,6 +86,33 @@ class TensorSpec:
     offset: int
     nbytes: int
     stamp: FileStamp
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of what is stored for it."""
+        return (self.name,)
+
+    @property
+    def data_bytes(self) -> int:
+        """From `offset` on; scales not counted."""
+        return self.nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the tensor in memory."""
+        return self.nbytes
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether its matrices are stored the other way around than `shape` says."""
+        return False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        if not self.is_flipped:
+            return self.shape
+        *stacked, rows, columns = self.shape
+        return (*stacked, columns, rows)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorSpec]:

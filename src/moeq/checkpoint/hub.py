@@ -15,6 +15,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """Config, weights, tokenizer. No code and no pickle."""
 
+_FOLDERS = ["*/*"]
+"""Not fetched: gpt-oss has its weights there again, in two other formats."""
+
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: itself, or fetched from the Hugging Face hub.
@@ -41,7 +44,11 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(name):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_FOLDERS
+            )
+        )
 
 
 def is_hub_id(model: str | Path) -> bool:

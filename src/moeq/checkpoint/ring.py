@@ -147,7 +147,8 @@ def _parts(chunks: Sequence[Chunk], ring: Ring) -> Iterator[tuple[_Filling, int,
             return
         if isinstance(buffer, BaseException):
             raise buffer
-        starts = range(0, max(chunk.nbytes, 1), _PART)
+        nbytes = chunk.buffer_bytes
+        starts = range(0, max(nbytes, 1), _PART)
         filling = _Filling(chunk, buffer, len(starts))
         for start in starts:
-            yield filling, start, min(start + _PART, chunk.nbytes)
+            yield filling, start, min(start + _PART, nbytes)

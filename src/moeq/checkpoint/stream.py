@@ -4,6 +4,9 @@
     chunks   pieces that lie side by side in a file, read at once
     stream   each worker takes the next chunk, reads it into its own buffer and uses it there
 
+Where a tensor is stored as codes and scales, pieces are of the codes; their scales are read behind
+the chunk, and the user of a chunk gets decoded copies.
+
 Reads are `pread`s into our own memory and not a mapping: a mapped page that is read is counted
 against a container's limit until the kernel feels like dropping it, and on network disks faults one
 page at a time. Memory is workers x (the largest chunk), whatever the size of the checkpoint.
@@ -11,6 +14,7 @@ page at a time. Memory is workers x (the largest chunk), whatever the size of th
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeq.checkpoint.encodings import EncodedSpec, check_scales
 from moeq.checkpoint.files import Files
 from moeq.checkpoint.headers import FileStamp, TensorSpec
 from moeq.span import Span
@@ -41,7 +46,7 @@ class Piece:
         spec: the tensor.
         key: what the user of the stream knows the piece by.
         begin: of its first byte, from the tensor's first.
-        shape: as which it is seen.
+        shape: as which it is seen; with matrices as they are stored.
     """
 
     spec: TensorSpec
@@ -51,6 +56,15 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
+        """In the file; scales not counted."""
+        if isinstance(self.spec, EncodedSpec):
+            # A product first: an fp4 code is half a byte
+            return math.prod(self.shape) * self.spec.data_bytes // math.prod(self.spec.shape)
+        return self.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """As a tensor."""
         return math.prod(self.shape) * self.spec.dtype.itemsize
 
     @property
@@ -58,32 +72,70 @@ class Piece:
         """From the start of the file."""
         return self.spec.offset + self.begin
 
+    @property
+    def scales(self) -> tuple[int, int]:
+        """(first byte from that of the tensor's scales, bytes) of the piece's own."""
+        if not isinstance(self.spec, EncodedSpec):
+            return 0, 0
+        return self.spec.encoding.scales_of(self.spec, self.begin, self.shape)
+
 
 def whole(spec: TensorSpec, key: Any) -> Piece:
     """A tensor."""
-    return Piece(spec, key, 0, spec.shape)
+    return Piece(spec, key, 0, spec.stored_shape)
 
 
 def rows(spec: TensorSpec, key: Any, first: int, count: int) -> Piece:
     """`count` entries along a tensor's first dimension."""
-    row = spec.nbytes // spec.shape[0]
-    return Piece(spec, key, first * row, (count, *spec.shape[1:]))
+    shape = spec.stored_shape
+    row = spec.data_bytes // shape[0]
+    return Piece(spec, key, first * row, (count, *shape[1:]))
 
 
 def matrix(spec: TensorSpec, key: Any, index: int) -> Piece:
     """The `index`th entry along a tensor's first dimension, without that dimension."""
     piece = rows(spec, key, index, 1)
-    return Piece(spec, key, piece.begin, spec.shape[1:])
+    return Piece(spec, key, piece.begin, piece.shape[1:])
+
+
+_ALIGNED = 16
+"""Bytes at whose multiples scales begin in a buffer, so that they can be seen in their dtype."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive bytes of one file, and the pieces in them."""
+    """Consecutive bytes of one file, the pieces in them, and the scales of these.
+
+    Attributes:
+        file: that holds the pieces; scales can be in another.
+        offset: of the first byte.
+        nbytes: that are consecutive.
+        pieces: in order.
+        scales: by the index of a piece, where in a buffer its scales begin.
+        buffer_bytes: of all together.
+        decoded_bytes: of the copies that `spans` makes.
+    """
 
     file: Path
     offset: int
     nbytes: int
     pieces: tuple[Piece, ...]
+    scales: dict[int, int]
+    buffer_bytes: int
+    decoded_bytes: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Chunk:
+        """Pieces of one file, in order."""
+        first = pieces[0]
+        nbytes = end = max(piece.offset + piece.nbytes for piece in pieces) - first.offset
+        scales, decoded = {}, 0
+        for index, piece in enumerate(pieces):
+            if isinstance(piece.spec, EncodedSpec):
+                scales[index] = begin = math.ceil(end / _ALIGNED) * _ALIGNED
+                end = begin + piece.scales[1]
+                decoded += piece.held_bytes
+        return cls(first.spec.file, first.offset, nbytes, tuple(pieces), scales, end, decoded)
 
     @property
     def stamp(self) -> FileStamp:
@@ -93,25 +145,53 @@ class Chunk:
     @property
     def wanted_bytes(self) -> int:
         """Without the gaps between pieces."""
-        return sum(piece.nbytes for piece in self.pieces)
+        return sum(piece.nbytes + piece.scales[1] for piece in self.pieces)
 
     def name_at(self, offset: int) -> str:
         """The tensor that holds a byte of the file."""
         for piece in self.pieces:
             if offset < piece.offset + piece.nbytes:
-                return piece.spec.name
-        return self.pieces[-1].spec.name
+                return piece.spec.keys[0]
+        return self.pieces[-1].spec.keys[0]
 
     def read(self, files: Files, buffer: Tensor, begin: int, end: int) -> None:
-        """Bytes begin..end of the chunk into the same place of `buffer` uint8 [>= nbytes]."""
-        window = memoryview(buffer.numpy().data)[begin:end]
-        files.read(self.file, self.stamp, self.offset + begin, window, self.name_at)
+        """Bytes begin..end of a buffer uint8 [>= buffer_bytes]; both multiples of `_ALIGNED`, or an
+        end.
+
+        Raises:
+            CheckpointError: see `Files.read`.
+            NonFiniteError: a scale is not a number.
+        """
+        memory = memoryview(buffer.numpy().data)
+        if begin < self.nbytes:
+            window = memory[begin : min(end, self.nbytes)]
+            files.read(self.file, self.stamp, self.offset + begin, window, self.name_at)
+        for index, start in self.scales.items():
+            piece = self.pieces[index]
+            first, count = piece.scales
+            low, high = max(begin, start), min(end, start + count)
+            if low >= high:
+                continue
+            spec, at = piece.spec, first + low - start
+            assert isinstance(spec, EncodedSpec)
+            scales, window = spec.scales, memory[low:high]
+            name_at = functools.partial(_named, scales.name)
+            files.read(scales.file, scales.stamp, scales.offset + at, window, name_at)
+            check_scales(spec, at, window)
 
     def spans(self, buffer: Tensor) -> Iterator[tuple[Piece, Span]]:
-        """Every piece in `buffer` uint8 [>= nbytes], which holds the chunk."""
+        """Every piece in `buffer` uint8 [>= buffer_bytes], which holds the chunk."""
         typed: dict[torch.dtype, Tensor] = {}
-        for piece in self.pieces:
+        for index, piece in enumerate(self.pieces):
             dtype, start = piece.spec.dtype, piece.offset - self.offset
+            if isinstance(piece.spec, EncodedSpec):
+                codes = buffer[start : start + piece.nbytes]
+                at = self.scales[index]
+                scales = buffer[at : at + piece.scales[1]]
+                decoded = torch.empty(piece.shape, dtype=dtype, device=buffer.device)
+                piece.spec.encoding.decode(codes, scales, decoded, piece.begin)
+                yield piece, Span.of(decoded)
+                continue
             if start % dtype.itemsize:  # only where a file packs types of other sizes
                 copy = buffer[start : start + piece.nbytes].clone()
                 yield piece, Span(copy.view(dtype), 0, piece.shape)
@@ -122,16 +202,20 @@ class Chunk:
             yield piece, Span(typed[dtype], start // dtype.itemsize, piece.shape)
 
 
+def _named(name: str, offset: int) -> str:
+    return name
+
+
 def chunks_of(pieces: Iterable[Piece], limit: int = CHUNK_BYTES) -> list[Chunk]:
-    """Pieces as chunks in file order, of at most `limit` bytes unless one piece alone has more."""
+    """Pieces as chunks in file order, of at most `limit` bytes, and of as many decoded, unless one
+    piece alone has more."""
     chunks: list[Chunk] = []
     taken: list[Piece] = []
-    end = 0
+    end = decoded = 0
 
     def close() -> None:
         if taken:
-            first = taken[0].offset
-            chunks.append(Chunk(taken[0].spec.file, first, end - first, tuple(taken)))
+            chunks.append(Chunk.of(taken))
             taken.clear()
 
     for piece in sorted(pieces, key=lambda p: (str(p.spec.file), p.offset)):
@@ -140,12 +224,14 @@ def chunks_of(pieces: Iterable[Piece], limit: int = CHUNK_BYTES) -> list[Chunk]:
             and piece.spec.file == taken[0].spec.file
             and piece.offset - end <= _GAP
             and piece.offset + piece.nbytes - taken[0].offset <= limit
+            and decoded + piece.held_bytes <= limit
         )
         if not joins:
             close()
-            end = piece.offset
+            end, decoded = piece.offset, 0
         taken.append(piece)
         end = max(end, piece.offset + piece.nbytes)
+        decoded += piece.held_bytes
     close()
     return chunks
 
@@ -179,10 +265,10 @@ def stream(
                 chunk = next(todo, None)
             if chunk is None:
                 return
-            if buffer.numel() < chunk.nbytes:
+            if buffer.numel() < chunk.buffer_bytes:
                 buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
-                buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
-            chunk.read(files, buffer, 0, chunk.nbytes)
+                buffer = torch.empty(chunk.buffer_bytes, dtype=torch.uint8)
+            chunk.read(files, buffer, 0, chunk.buffer_bytes)
             if stop.is_set():
                 return
             use(chunk, buffer)
@@ -268,11 +354,11 @@ class Crew:
 
 def read_piece(piece: Piece) -> Tensor:
     """One piece by itself, in memory of its own."""
-    chunk = Chunk(piece.spec.file, piece.offset, piece.nbytes, (piece,))
-    buffer = torch.empty(piece.nbytes, dtype=torch.uint8)
+    chunk = Chunk.of([piece])
+    buffer = torch.empty(chunk.buffer_bytes, dtype=torch.uint8)
     files = Files(threading.Event())
     try:
-        chunk.read(files, buffer, 0, chunk.nbytes)
+        chunk.read(files, buffer, 0, chunk.buffer_bytes)
     finally:
         files.close()
     ((_, span),) = chunk.spans(buffer)

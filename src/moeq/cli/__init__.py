@@ -19,6 +19,7 @@ from moeq.cli.cache import cache
 from moeq.cli.demo import demo
 from moeq.cli.eval import evaluate
 from moeq.cli.generate import generate
+from moeq.cli.output import printable
 from moeq.cli.plan import plan
 from moeq.cli.quantize import quantize
 from moeq.cli.serve import serve
@@ -60,18 +61,12 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
-    text = "\n".join(map(_printable, str(message).splitlines()))
+    text = "\n".join(map(printable, str(message).splitlines()))
     click.echo(f"warning: {text}", err=True)
 
 
 def _fail(message: str, hint: str, code: int) -> None:
-    click.echo(f"error: {_printable(message)}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
     if hint:
-        click.echo(f"hint: {_printable(hint)}", err=True)
+        click.echo(f"hint: {printable(hint)}", err=True)
     sys.exit(code)
-
-
-def _printable(text: str) -> str:
-    """File and tensor names come from strangers: none of their escapes reaches a terminal, and none
-    of their line ends begins a line that looks like ours."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -29,10 +29,14 @@ Examples:
     help="Schemes, or configs in FILE.json, with commas between; all schemes where absent.",
 )
 @refinement_options
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to compare on.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to compare on; the embedded model has its own.",
+)
 @click.option(
     "--tokens",
-    type=click.IntRange(1),
+    type=click.IntRange(512),
     default=8192,
     show_default=True,
     help="Of the text, at most; in windows of 512.",
@@ -65,10 +69,14 @@ def evaluate(
     from moeq.cli.progress import bytes_bar
     from moeq.cli.text import ids_of
     from moeq.engines.evaluate import evaluate as evaluate_model
+    from moeq.errors import ConfigError
+    from moeq.fidelity.result import finite
 
     configs = configs_of(quantization=quantization, **refinements)
     if report is not None:
         check_writable(report, "--report")
+        if text is not None and text.exists() and report.exists() and report.samefile(text):
+            raise ConfigError(f"--report {report} is the text", hint="name another file")
     quiet_transformers()
     folder = resolve_model(model)
     source, ids = ids_of(folder, text, tokens)
@@ -85,7 +93,7 @@ def evaluate(
         write_text(report, render(result))
         click.echo(f"report: {report}", err=True)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(finite(result), indent=2, allow_nan=False))
     else:
         _print(result)
 
@@ -119,6 +127,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moeq.cli.output import printable
     from moeq.report import size
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -128,7 +137,7 @@ def _print(result: dict[str, Any]) -> None:
     noise, reference = result["noise_floor"], result["reference"]
     table.add_row("original", size(reference["bytes"]), *_cells(noise, reference["perplexity"]))
     for row in result["schemes"]:
-        table.add_row(row["scheme"], size(row["bytes"]), *_cells(row, row["perplexity"]))
+        table.add_row(printable(row["scheme"]), size(row["bytes"]), *_cells(row, row["perplexity"]))
     text = result["text"]
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
@@ -148,7 +157,7 @@ def _print(result: dict[str, Any]) -> None:
                 f" its like {each['typical']:.3g}"
             )
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False)
 
 
 def _cells(found: dict[str, Any], perplexity: dict[str, float]) -> list[str]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moeq.cli.auto import choose_schemes, describe, lines_about
 from moeq.cli.schemes import configs_of, quiet_transformers, refinement_options
 
 if TYPE_CHECKING:
     from moeq.config import OnlineQuantizationConfig
-    from moeq.engines.choose import Mixture
 
 _EPILOG = """\b
 Examples:
@@ -25,9 +25,6 @@ Examples:
 """
 
 _AUTO = "auto"
-
-_TEXT_TOKENS = 4096
-"""Enough to judge single layers by: their errors vary little from text to text."""
 
 _UNITS = {"B": 1} | {
     f"{letter}{suffix}": base**power
@@ -102,71 +99,18 @@ def plan(
     configs = configs_of(quantization=None if is_auto else quantization, **refinements)
     chosen = None
     if is_auto:
-        chosen = choose_schemes(model, configs, context, memory, text, out)
+        place = budgets(memory)[-1]
+        chosen = choose_schemes(model, configs, context, place, text, out)
         configs = {_AUTO: chosen.config}
     elif text is not None or out is not None:
         raise ConfigError("--text and --out are for --quantization auto")
     result = make_plan(model, configs, context, memory)
     if chosen is not None:
-        result["chosen"] = {
-            "quantization": chosen.config.to_dict(),
-            "error": chosen.error,
-            "judged_by": "weights" if text is None else text.name,
-            "layers": {
-                name: {
-                    "scheme": None if option.scheme is None else option.scheme.value,
-                    "bytes": option.nbytes,
-                    "error": option.error,
-                }
-                for name, option in chosen.choice.items()
-            },
-        }
+        result["chosen"] = describe(chosen, text)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         _print(result)
-
-
-def choose_schemes(
-    model: str,
-    configs: dict[str, OnlineQuantizationConfig],
-    context: int,
-    memory: int | None,
-    text: Path | None,
-    out: Path | None,
-) -> Mixture:
-    """What `auto` stands for, written to `out`."""
-    import torch
-
-    from moeq.checkpoint.hub import resolve_model
-    from moeq.cli.output import check_writable, write_text
-    from moeq.cli.progress import bytes_bar
-    from moeq.cli.text import ids_of
-    from moeq.engines.choose import choose_mixture, output_errors, weight_errors
-
-    quiet_transformers()
-    if out is not None:
-        check_writable(out, "--out")
-    folder = resolve_model(model)
-    place = budgets(memory)[-1]
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with bytes_bar(f"measuring {folder.name}") as progress:
-        if text is None:
-            errors = weight_errors(folder, configs, here, progress)
-        else:
-            _, ids = ids_of(folder, text, _TEXT_TOKENS)
-            errors = output_errors(folder, configs, ids, here, progress)
-    chosen = choose_mixture(
-        folder,
-        configs,
-        errors,
-        memory=place["bytes"],
-        context=context,
-        device=torch.device(place["kind"]),
-    )
-    if out is not None:
-        write_text(out, json.dumps(chosen.config.to_dict(), indent=2) + "\n")
-    return chosen
 
 
 def make_plan(
@@ -176,9 +120,9 @@ def make_plan(
     import torch
 
     from moeq.checkpoint.folder import checkpoint_files
-    from moeq.checkpoint.headers import read_headers
     from moeq.checkpoint.hub import is_hub_id, remote_headers, resolve_model
     from moeq.checkpoint.probe import read_rate
+    from moeq.checkpoint.published import logical, read_specs
     from moeq.engines.load import check_config, check_folder, empty_model
     from moeq.engines.planning import cache_bytes, plan_load
 
@@ -186,12 +130,12 @@ def make_plan(
     rate = None
     if is_hub_id(model):
         folder, specs = remote_headers(model)
-        check_config(folder)
+        specs = logical(specs, check_config(folder).get("quantization_config"))
     else:
         folder = resolve_model(model)
         check_folder(folder)
         files = checkpoint_files(folder)
-        specs = read_headers(files)
+        specs = read_specs(files)
         rate = read_rate(files)
     empty = empty_model(folder)
     places = budgets(memory)
@@ -282,6 +226,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moeq.cli.output import printable
     from moeq.report import size
 
     console = Console()
@@ -316,21 +261,8 @@ def _print(result: dict[str, Any]) -> None:
         lines.append(f"reading: {seconds:.1f} s at {rate / 1e9:.2f} GB/s, as just measured")
     for place, row in zip(result["places"], result["advice"], strict=True):
         lines.append(f"{place['name']}, {size(place['bytes'])} free: {row['advice']}")
-    lines += _about_the_choice(result.get("chosen"))
+    lines += lines_about(result.get("chosen"))
     coverage = min(entry["coverage"] for entry in result["schemes"])
     lines.append(f"{coverage:.0%} of expert weights would be quantized")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
-
-
-def _about_the_choice(chosen: dict[str, Any] | None) -> list[str]:
-    if chosen is None:
-        return []
-    by_scheme: dict[str, list[str]] = {}
-    for name, layer in chosen["layers"].items():
-        by_scheme.setdefault(layer["scheme"] or "as it is", []).append(name)
-    lines = [f"chosen by {chosen['judged_by']}, least error {chosen['error']:.4f}:"]
-    for scheme, names in by_scheme.items():
-        more = f" + {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"  {scheme}: {names[0]}{more}")
-    return lines
+        console.print(printable(line), highlight=False, markup=False)

@@ -60,24 +60,34 @@ def scheme_options(
 def configs_of(
     quantization: str | None, moe: str | None, linear: str | None, **others: Any
 ) -> dict[str, OnlineQuantizationConfig]:
-    """By the names that were given; "as asked" where there was none."""
+    """By the names that were given; "as asked" where only kinds of layers or targets were; every
+    scheme where nothing names one, as far as "none" leaves it something to quantize."""
     from moeq.errors import ConfigError
-    from moeq.schemes import OnlineQuantScheme
+    from moeq.schemes import LAYER_KINDS, OnlineQuantScheme
 
-    def config(name: str | None) -> OnlineQuantizationConfig | None:
-        return config_of(quantization=name, moe=moe, linear=linear, **others)
+    def config(name: str) -> OnlineQuantizationConfig:
+        found = config_of(quantization=name, moe=moe, linear=linear, **others)
+        assert found is not None
+        return found
 
-    if quantization is None:
-        asked = config(None)
-        if asked is not None:
-            return {"as asked": asked}
-        quantization = ",".join(scheme.value for scheme in OnlineQuantScheme)
-    names = [name.strip() for name in quantization.split(",")]
-    for name in names:
-        if not name or names.count(name) > 1:
-            raise ConfigError(f"--quantization {quantization!r}: {name!r} is empty or comes twice")
-    found = {name: config(name) for name in names}
-    return {name: each for name, each in found.items() if each is not None}
+    if quantization is not None:
+        names = [name.strip() for name in quantization.split(",")]
+        for name in names:
+            if not name or names.count(name) > 1:
+                raise ConfigError(
+                    f"--quantization {quantization!r}: {name!r} is empty or comes twice"
+                )
+        return {name: config(name) for name in names}
+    if others["targets"] or any(kind not in (None, "none") for kind in (moe, linear)):
+        asked = config_of(quantization=None, moe=moe, linear=linear, **others)
+        assert asked is not None
+        return {"as asked": asked}
+    said = {"moe": moe, "linear": linear}
+    kept = [kind for kind in LAYER_KINDS if said[kind] is None]
+    schemes = [s for s in OnlineQuantScheme if any(s.covers(kind) for kind in kept)]
+    if not schemes:
+        raise ConfigError("--moe none and --linear none leave nothing to quantize")
+    return {scheme.value: config(scheme.value) for scheme in schemes}
 
 
 def config_of(

@@ -65,7 +65,8 @@ def serve(
     import torch
 
     from moeq.checkpoint.hub import resolve_model
-    from moeq.engines.load import check_folder
+    from moeq.checkpoint.published import is_encoded
+    from moeq.engines.load import check_folder, is_saved
     from moeq.engines.serve import Address, choose_engine, serve_vllm
     from moeq.errors import BackendError, ConfigError
 
@@ -85,9 +86,15 @@ def serve(
     quiet_transformers()
     folder = resolve_model(model)
     entries = check_folder(folder)
-    if config is None and "quantization_config" not in entries:
+    if config is None and not is_saved(entries):
         raise ConfigError(
-            f"{folder} is not quantized and no scheme is named", hint="add --quantization NAME"
+            f"{folder} is not quantized by moeq and no scheme is named",
+            hint="add --quantization NAME",
+        )
+    if chosen == "vllm" and config is not None and is_encoded(entries.get("quantization_config")):
+        raise ConfigError(
+            f"{folder} is published quantized, and vLLM would not have moeq decode it",
+            hint="--engine transformers, or serve the folder that `moeq quantize` writes",
         )
     name = name or Path(model).resolve().name
     if chosen == "transformers":
@@ -129,12 +136,12 @@ def _say_plan(folder: Path, config: OnlineQuantizationConfig, device: str) -> No
     import torch
 
     from moeq.checkpoint.folder import checkpoint_files
-    from moeq.checkpoint.headers import read_headers
+    from moeq.checkpoint.published import read_specs
     from moeq.engines.load import empty_model
     from moeq.engines.planning import plan_load
     from moeq.report import size
 
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     (plan,) = plan_load(empty_model(folder), specs, config, (torch.device(device),))
     click.echo(
         f"experts  {size(plan.expert_bytes)} -> {size(plan.final_expert_bytes)}"

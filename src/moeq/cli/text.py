@@ -49,7 +49,7 @@ def ids_of(folder: Path, text: Path | None, tokens: int) -> tuple[str, Tensor]:
 
 def _read(text: Path) -> str:
     try:
-        words = text.read_bytes().decode("utf-8")
+        words = text.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{text}: {error.strerror}", hint=_HINT) from None
     except UnicodeDecodeError as error:

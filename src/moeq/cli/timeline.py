@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ def _load(folder: Path, quantization: dict[str, Any], device: str) -> dict[str, 
     from moeq.config import OnlineQuantizationConfig
     from moeq.engines.load import load, report_of
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_transformers()
     config: OnlineQuantizationConfig = OnlineQuantizationConfig.from_dict(quantization)
     report = report_of(load(folder, config, device=device))
@@ -35,3 +38,11 @@ def _load(folder: Path, quantization: dict[str, Any], device: str) -> dict[str, 
         "final_bytes": report.total_bytes_after,
         "timeline": report.timeline,
     }
+
+
+def _end_with_parent() -> None:
+    """Who is killed can end nobody, and a model would stay in memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

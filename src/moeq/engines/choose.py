@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.evaluate import evaluate
 from moeq.engines.hf_deferred import load_deferred, read_experts
@@ -24,7 +25,7 @@ from moeq.engines.hf_layers import quantize_experts, quantize_linear
 from moeq.engines.load import empty_model
 from moeq.engines.planning import cache_bytes, decision_for, plan_load
 from moeq.errors import ConfigError
-from moeq.fidelity.choose import Choice, Option, choose, total_error
+from moeq.fidelity.choose import Choice, Option, choose, total_bytes, total_error
 from moeq.plan import LoadPlan
 from moeq.report import size
 from moeq.schemes import OnlineQuantScheme
@@ -66,7 +67,12 @@ def weight_errors(
     with torch.no_grad():
         deferred = load_deferred(folder, list(configs.values()), device)
         dtype = deferred.model.dtype
-        total = sum(plan.source_bytes for _, plan in deferred.experts.values())
+        wanted = {
+            name: layer
+            for name, layer in deferred.experts.items()
+            if any(config.scheme_for(name, "moe") for config in configs.values())
+        }
+        total = sum(plan.source_bytes for _, plan in wanted.values())
         read = 0
 
         def advance(nbytes: int) -> None:
@@ -81,7 +87,7 @@ def weight_errors(
                 if target.shape.kind == "linear" and key not in errors:
                     module = deferred.model.get_submodule(name)
                     (errors[key],) = quantize_linear(config, target, module, dtype).weight_errors
-        for name, (target, plan) in deferred.experts.items():
+        for name, (target, plan) in wanted.items():
             experts = read_experts(target, plan, device, advance)
             for config in configs.values():
                 scheme = config.scheme_for(name, "moe")
@@ -119,7 +125,7 @@ def choose_mixture(
     """The scheme of every layer with which a model fits and errs least.
 
     Args:
-        folder: of the unquantized checkpoint.
+        folder: of the original checkpoint.
         configs: whose schemes are the options, by layer.
         errors: of them.
         memory: bytes that there are for weights, loading, and the cache.
@@ -130,11 +136,11 @@ def choose_mixture(
         ConfigError: nothing fits; says what is missing.
     """
     empty = empty_model(folder)
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     cache = cache_bytes(empty, context) or 0
     options = layer_options(empty, specs, configs, errors)
     original = sum(mine[0].nbytes for mine in options.values())
-    rest = sum(spec.nbytes for spec in specs.values()) - original
+    rest = sum(spec.held_bytes for spec in specs.values()) - original
     # Loading takes a window beyond the weights, which is known only once the schemes are
     spare = cache
     while True:
@@ -156,7 +162,8 @@ def choose_mixture(
         need = max(plan.peak_bytes, plan.final_bytes + cache)
         if need <= memory:
             return Mixture(config, choice, plan, need, total_error(choice))
-        spare += need - memory
+        # At least to another choice: this one would come again for every byte that it spares
+        spare = max(spare + need - memory, memory - rest - total_bytes(choice) + 1)
 
 
 def layer_options(
@@ -171,7 +178,7 @@ def layer_options(
     for config in configs.values():
         for layer in decision_for(empty, specs, config).routes.plans:
             name, scheme = layer.shape.name, layer.scheme
-            mine = options.setdefault(name, [Option(None, layer.source_bytes, 0.0)])
+            mine = options.setdefault(name, [Option(None, layer.original_bytes, 0.0)])
             if (name, scheme) in errors and all(o.scheme is not scheme for o in mine):
                 mine.append(Option(scheme, layer.final_bytes, errors[name, scheme]))
     for mine in options.values():

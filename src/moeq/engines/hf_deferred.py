@@ -2,11 +2,14 @@
 
 transformers loads the model in its own dtype, as ever; a quantizer that quantizes nothing claims
 the experts' tensors (`hf_claim`) and leaves them in their files. `read_experts` reads one layer,
-`own_parameters` puts it into the layout of the model's module.
+`own_parameters` puts it into the layout of the model's module. What else is stored as codes is
+claimed too, and decoded (`hf_stream`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +20,19 @@ from torch import Tensor, nn
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.headers import read_headers
+from moeq.checkpoint.encodings import EncodedSpec
+from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.checkpoint.stream import CHUNK_BYTES, Chunk, chunks_of, stream
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
-from moeq.engines.hf_routes import Decision, decide, original_names
-from moeq.engines.hf_stream import arrivals_of, pieces_of
-from moeq.engines.hf_structure import Target, find_targets
-from moeq.engines.load import check_folder, model_class
+from moeq.engines.hf_routes import Decision, KeptExperts, decide, original_names
+from moeq.engines.hf_stream import LayerStream, arrivals_of, pieces_of
+from moeq.engines.hf_structure import Target, experts_shape, find_targets, is_experts
+from moeq.engines.load import check_folder, for_source, is_saved, model_class
+from moeq.errors import ConfigError, ModelError
 from moeq.plan import LayerPlan
+from moeq.schemes import OnlineQuantScheme
 
 _METHOD = "moeq_deferred"
 
@@ -65,10 +72,10 @@ class Deferred:
 def load_deferred(
     folder: Path, configs: Sequence[OnlineQuantizationConfig], device: torch.device
 ) -> Deferred:
-    """Load all of a model but the experts that any of the configs quantizes.
+    """Load all of a model but its experts, whether a config quantizes them or not.
 
     Args:
-        folder: of an unquantized checkpoint.
+        folder: of a checkpoint that moeq did not write.
         configs: which schemes for which layers; one at least.
         device: where the model goes.
 
@@ -76,10 +83,17 @@ def load_deferred(
         MoeqError: as a load under one of the configs would, before it reads.
     """
     entries = check_folder(folder)
+    if is_saved(entries):
+        raise ConfigError(
+            f"{folder} is already quantized by moeq, and nothing is left to compare it with",
+            hint="take the original checkpoint: its quantized bytes are the same",
+        )
     hf_auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _DeferringQuantizer
-    deferring = _DeferringConfig(configs)
+    deferring = _DeferringConfig(configs, device)
     model = model_class(entries).from_pretrained(
-        folder, quantization_config=deferring, device_map=str(device)
+        folder,
+        quantization_config=deferring,
+        **for_source(folder, entries, {"device_map": str(device)}),
     )
     return Deferred(model.eval(), deferring.experts, deferring.decisions)
 
@@ -89,8 +103,9 @@ class _DeferringConfig:
 
     quant_method = _METHOD
 
-    def __init__(self, configs: Sequence[OnlineQuantizationConfig]) -> None:
+    def __init__(self, configs: Sequence[OnlineQuantizationConfig], device: torch.device) -> None:
         self.configs = configs
+        self.device = device
         self.decisions: list[Decision] = []
         self.experts: dict[str, tuple[Target, LayerPlan]] = {}
 
@@ -117,7 +132,8 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._model = model
         self._claimed: set[str] = set()
-        self._specs = read_headers([Path(file) for file in kwargs["checkpoint_files"]])
+        self._specs = read_specs([Path(file) for file in kwargs["checkpoint_files"]])
+        self._streamed = False
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> Any:
         # `model` is passed from transformers 5.20 on
@@ -127,23 +143,76 @@ class _DeferringQuantizer(HfQuantizer):  # type: ignore[misc]
             found = find_targets(self._model, config)
             decision = decide(self._model, config, found, self._specs, weight_conversions)
             asked.decisions.append(decision)
+        deferring = [*asked.decisions]
+        with contextlib.suppress(ModelError):  # some that nobody quantizes cannot be read by us
+            every: tuple[list[Target], dict[str, str]] = (_all_experts(self._model), {})
+            config = asked.configs[0]
+            deferring.append(decide(self._model, config, every, self._specs, weight_conversions))
+        for decision in deferring:
             plans = {plan.shape.name: plan for plan in decision.routes.plans}
             experts = {t.shape.name: t for t in decision.targets if t.shape.kind == "moe"}
             asked.experts |= {name: (target, plans[name]) for name, target in experts.items()}
             mine = {f"{name}.{own}" for name, t in experts.items() for own in original_names(t)}
             claims |= {key: p for key, p in decision.routes.claims.items() if p in mine}
         self._claimed.update(claims.values())
+        claims |= self._decode_rest(asked.decisions)
         return [ClaimingConverter(claims), *weight_conversions]
 
+    def _decode_rest(self, decisions: list[Decision]) -> dict[str, str]:
+        """Claims on what is stored as codes and part of the model from the beginning: what a config
+        keeps, unless another one defers it, and linears, which are quantized once they are here."""
+        claims: dict[str, str] = {}
+        kept: dict[str, TensorSpec] = {}
+        merged: dict[str, KeptExperts] = {}
+        for decision in decisions:
+            routes = decision.routes
+            mine = dict(routes.encoded)
+            for target in decision.targets:
+                weight = f"{target.shape.name}.weight"
+                spec = routes.sources[weight][0].spec if target.shape.kind == "linear" else None
+                if isinstance(spec, EncodedSpec):
+                    mine[weight] = spec
+            deferred = self.quantization_config.experts
+            experts = [e for e in routes.kept_experts if e.shape.name not in deferred]
+            merged |= {e.shape.name: e for e in experts}
+            kept |= {p: spec for p, spec in mine.items() if p not in self._claimed}
+            wanted = mine.keys() | {p for e in experts for p in e.sources}
+            every = routes.claims | routes.plain_claims
+            claims |= {k: p for k, p in every.items() if p in wanted - self._claimed}
+        routes = dataclasses.replace(
+            decisions[0].routes, plans=(), kept_experts=tuple(merged.values())
+        )
+        decision = dataclasses.replace(decisions[0], targets=[], routes=routes)
+        self._stream = LayerStream(self._model, decision, {}, self.quantization_config.device, kept)
+        return claims
+
     def load_parameter(self, parameter: str) -> tuple[dict[str, Tensor], set[str]]:
-        """As `ClaimingConverter` asks: nothing is to be set, and nothing is missing."""
-        return {}, {parameter}
+        """As `ClaimingConverter` asks: of deferred experts nothing is to be set, and nothing is
+        missing."""
+        if parameter in self._claimed:
+            return {}, {parameter}
+        if not self._streamed:
+            self._streamed = True
+            self._stream.prepare()
+            self._stream.run(lambda _: None)
+        return {parameter: self._stream.tensors.pop(parameter)}, set()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, (target, _) in self.quantization_config.experts.items():
             for own in original_names(target):
                 model.get_submodule(name)._parameters.pop(own)
-        del self._model, self._specs
+        del self._model, self._specs, self._stream
+
+
+def _all_experts(model: nn.Module) -> list[Target]:
+    """Every module of transformers' shared kind of experts; which scheme it has does not matter."""
+    scheme = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+    return [
+        Target(module, shape, scheme, up_name)
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for shape, up_name in [experts_shape(name, module)]
+    ]
 
 
 def read_experts(

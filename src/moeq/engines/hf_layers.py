@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_deferred import Experts
-from moeq.engines.hf_stream import create_method
+from moeq.engines.hf_stream import create_method, warn_of_empty_experts
 from moeq.engines.hf_structure import Target, activation_of
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
@@ -77,6 +77,7 @@ def quantize_experts(
             method.load_bias(holder, expert, "down", b2, name)
             if shape.is_gated:
                 method.load_bias(holder, expert, "gate", b13[:i], name)
+    warn_of_empty_experts(method, holder, name)
     activation, gate, after = activation_of(target.module)
     method.process_weights_after_loading(holder, activation=activation, gate=gate, after=after)
     weights, grain = method.weights(holder), method.scheme.granularity

@@ -32,6 +32,7 @@ def load_plan(
         window_bytes=layers.window_bytes,
         host_bytes=layers.host_bytes,
         mapped_bytes=sum(spec.nbytes for spec in mapped.values()),
+        decoded_bytes=sum(spec.held_bytes - spec.nbytes for spec in decision.routes.decoded),
     )
 
 
@@ -42,7 +43,17 @@ def saved_plan(
     kept: dict[str, str],
 ) -> LoadPlan:
     """Bytes of a load of what moeq saved: transformers maps or copies it."""
-    return _plan(model, plans, specs, kept, (), window_bytes=0, host_bytes=0, mapped_bytes=0)
+    return _plan(
+        model,
+        plans,
+        specs,
+        kept,
+        (),
+        window_bytes=0,
+        host_bytes=0,
+        mapped_bytes=0,
+        decoded_bytes=0,
+    )
 
 
 def _plan(
@@ -55,6 +66,7 @@ def _plan(
     window_bytes: int,
     host_bytes: int,
     mapped_bytes: int,
+    decoded_bytes: int,
 ) -> LoadPlan:
     unquantized = [
         matrix
@@ -73,4 +85,5 @@ def _plan(
         window_bytes=window_bytes,
         host_bytes=host_bytes,
         mapped_bytes=mapped_bytes,
+        decoded_bytes=decoded_bytes,
     )

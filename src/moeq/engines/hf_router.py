@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeq.checkpoint.headers import TensorSpec
-from moeq.engines.hf_structure import Target
 from moeq.errors import CheckpointError, ModelError
-from moeq.plan import Part, Source
+from moeq.plan import LayerShape, Part, Source
 
 
 @dataclass(frozen=True)
 class Route:
-    """One key: after renamings, where it ends, and the conversion pattern it met on the way."""
+    """One tensor: its key after renamings, where it ends, the conversion pattern it met on the way,
+    and the keys, after renamings, of what is stored for it."""
 
     spec: TensorSpec
     renamed: str
     parameter: str
     pattern: str | None
+    stored: tuple[str, ...]
 
 
 class Router:
@@ -51,15 +52,20 @@ class Router:
         """The way of one tensor, and the entry of the table that converts it, if one does."""
         from transformers.core_model_loading import rename_source_key
 
-        key = renamed = spec.name
-        for renaming in self._renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
+        key = spec.name
+        renamed = self._renamed(key)
         parameter, pattern = rename_source_key(
             renamed, [], self._converters, self._prefix, self._known
         )
         if parameter not in self._known and key in self._known:
             parameter, pattern = key, None
-        return Route(spec, renamed, parameter, pattern), self._by_pattern.get(pattern)
+        stored = tuple(map(self._renamed, spec.keys))
+        return Route(spec, renamed, parameter, pattern, stored), self._by_pattern.get(pattern)
+
+    def _renamed(self, key: str) -> str:
+        for renaming in self._renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key
 
     def knows(self, parameter: str) -> bool:
         return parameter in self._known
@@ -73,9 +79,19 @@ def fed_by(route: Route, converter: Any) -> list[str]:
     return [route.parameter, *(route.parameter.replace(first, other) for other in others)]
 
 
-def source_of(route: Route, converter: Any, target: Target, name: str, parameter: str) -> Source:
-    """What one tensor is to the layer, read off the operations that its conversion lists."""
-    module: Any = target.module
+def source_of(route: Route, converter: Any, module: Any, shape: LayerShape, name: str) -> Source:
+    """What one tensor is to a layer, read off the operations that its conversion lists.
+
+    Args:
+        route: of the tensor.
+        converter: the entry of the table that converts it, if one does.
+        module: the layer, its original parameters in place.
+        shape: its sizes.
+        name: of the parameter that the tensor feeds.
+
+    Raises:
+        ModelError: operations that moeq does not know.
+    """
     is_bias = name.endswith("_bias")
     part: Part = "down" if name.startswith("down") or name == "weight" else "up"
     if name.startswith("gate_up"):
@@ -83,6 +99,7 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
     transposed = bool(getattr(module, "is_transposed", False)) and not is_bias
     interleaved = part == "gate_up" and not getattr(module, "is_concatenated", True)
     if route.pattern is None:
+        transposed = transposed != route.spec.is_flipped
         return Source(route.spec, part, None, transposed, interleaved, is_bias)
     names = [type(operation).__name__ for operation in converter.operations]
     expert = None
@@ -93,7 +110,7 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
         part = "gate" if route.pattern == converter.source_patterns[0] else "up"
         names = []
     elif names == ["Transpose"] and expert is None and not is_bias:
-        n, k = target.shape.matrix_shape(part)
+        n, k = shape.matrix_shape(part)
         as_is = (k, n) if transposed else (n, k)
         if not (converter.operations[0].check_dims and route.spec.shape[1:] == as_is):
             transposed = not transposed
@@ -103,11 +120,12 @@ def source_of(route: Route, converter: Any, target: Target, name: str, parameter
         names = []
     if names:
         raise ModelError(
-            f"{parameter}: transformers builds it from {route.spec.name!r} by"
+            f"{shape.name}.{name}: transformers builds it from {route.spec.name!r} by"
             f" {[type(o).__name__ for o in converter.operations]}, which moeq cannot do while"
             " streaming",
-            hint=f"to leave the layer unquantized, add {target.shape.name!r} to ignore",
+            hint=f"to leave the layer unquantized, add {shape.name!r} to ignore",
         )
+    transposed = transposed != route.spec.is_flipped
     return Source(route.spec, part, expert, transposed, interleaved, is_bias)
 
 

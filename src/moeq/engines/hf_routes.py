@@ -14,13 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeq.checkpoint.encodings import EncodedSpec
 from moeq.checkpoint.headers import TensorSpec
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_router import Route, Router, fed_by, source_of
-from moeq.engines.hf_structure import Target, fp32_patterns
-from moeq.errors import CheckpointError
-from moeq.plan import LayerPlan, Part, Source, check_sources
+from moeq.engines.hf_structure import Target, experts_shape, fp32_patterns, is_experts
+from moeq.errors import CheckpointError, ModelError
+from moeq.plan import LayerPlan, LayerShape, Part, Source, check_sources
 from moeq.quantize import WEIGHT_DTYPES
+
+
+@dataclass(frozen=True)
+class KeptExperts:
+    """Experts that are not quantized, but stored as codes: transformers cannot merge those.
+
+    Attributes:
+        module: on the meta device.
+        shape: its sizes.
+        sources: parameter of the model -> its tensors.
+    """
+
+    module: nn.Module
+    shape: LayerShape
+    sources: dict[str, tuple[Source, ...]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Routes:
             quantized.
         plain_claims: as `claims`, for those.
         dropped: tensors that the model has no place for.
+        kept_experts: that we merge ourselves.
     """
 
     plans: tuple[LayerPlan, ...]
@@ -47,6 +64,18 @@ class Routes:
     plain: dict[str, TensorSpec]
     plain_claims: dict[str, str]
     dropped: tuple[str, ...]
+    kept_experts: tuple[KeptExperts, ...]
+
+    @property
+    def encoded(self) -> dict[str, TensorSpec]:
+        """Those of `plain` that are stored as codes, which transformers would take for numbers."""
+        return {p: spec for p, spec in self.plain.items() if isinstance(spec, EncodedSpec)}
+
+    @property
+    def decoded(self) -> tuple[TensorSpec, ...]:
+        """What is held in bf16 and stored as codes."""
+        merged = [s.spec for e in self.kept_experts for mine in e.sources.values() for s in mine]
+        return (*self.encoded.values(), *merged)
 
 
 @dataclass(frozen=True)
@@ -126,7 +155,7 @@ def find_routes(
     fed: set[str] = set()
     state = model.state_dict()
     fp32 = fp32_patterns(model)
-    kept: dict[str, list[Route]] = {}
+    kept: dict[str, list[tuple[Route, Any]]] = {}
     unknown = []
     for route, converter in _routes(model, specs, conversions):
         _check_kept(route, wanted, state)
@@ -140,7 +169,7 @@ def find_routes(
                 if route.pattern is not None:
                     converters[parameter] = converter
         if route.parameter not in wanted:
-            kept.setdefault(route.parameter, []).append(route)
+            kept.setdefault(route.parameter, []).append((route, converter))
     merged = tuple(p.rpartition(".")[0] for p in converters if wanted[p][0].shape.kind == "linear")
     targets = [target for target in targets if target.shape.name not in merged]
     claims, sources = {}, {}
@@ -148,11 +177,12 @@ def find_routes(
         target, name = wanted[parameter]
         converter = converters.get(parameter)
         if target.shape.name in merged:
+            _refuse_encoded(parameter, routes)
             continue
         sources[parameter] = tuple(
-            source_of(route, converter, target, name, parameter) for route in routes
+            source_of(route, converter, target.module, target.shape, name) for route in routes
         )
-        claims.update({route.renamed: parameter for route in routes})
+        claims.update({key: parameter for route in routes for key in route.stored})
     plans = []
     for target in targets:
         mine = tuple(
@@ -168,22 +198,70 @@ def find_routes(
     if strict:
         _refuse(model, dropped)
     plain = {
-        parameter: routes[0]
+        parameter: routes[0][0]
         for parameter, routes in kept.items()
         if len(routes) == 1
-        and routes[0].pattern is None
+        and routes[0][0].pattern is None
         and type(state.get(parameter)) is Tensor
         and not any(re.search(pattern, parameter) for pattern in fp32)
     }
+    kept_experts = _kept_experts(model, {p: r for p, r in kept.items() if p in state}, plain)
+    claims.update(
+        {
+            key: parameter
+            for experts in kept_experts
+            for parameter in experts.sources
+            for route, _ in kept[parameter]
+            for key in route.stored
+        }
+    )
+    plain = {p: r for p, r in plain.items() if all(p not in e.sources for e in kept_experts)}
     return Routes(
         tuple(plans),
         merged,
         claims,
         sources,
         {parameter: route.spec for parameter, route in plain.items()},
-        {route.renamed: parameter for parameter, route in plain.items()},
+        {key: parameter for parameter, route in plain.items() for key in route.stored},
         tuple(spec.name for spec in dropped),
+        kept_experts,
     )
+
+
+def _kept_experts(
+    model: nn.Module, kept: Mapping[str, list[tuple[Route, Any]]], plain: Container[str]
+) -> tuple[KeptExperts, ...]:
+    """Whatever is kept, stored as codes, and more than a tensor that can be decoded as it is."""
+    found: dict[str, KeptExperts] = {}
+    for parameter, routes in kept.items():
+        is_encoded = any(isinstance(route.spec, EncodedSpec) for route, _ in routes)
+        name = parameter.rpartition(".")[0]
+        if parameter in plain or not is_encoded or name in found:
+            continue
+        module = model.get_submodule(name)
+        if not is_experts(module):
+            _refuse_encoded(parameter, [route for route, _ in routes])
+        shape, up_name = experts_shape(name, module)
+        sources = {
+            f"{name}.{own}": tuple(
+                source_of(route, converter, module, shape, own)
+                for route, converter in kept.get(f"{name}.{own}", ())
+            )
+            for own in experts_names(shape, up_name)
+        }
+        check_sources(shape, (source for mine in sources.values() for source in mine))
+        found[name] = KeptExperts(module, shape, sources)
+    return tuple(found.values())
+
+
+def _refuse_encoded(parameter: str, routes: Iterable[Route]) -> None:
+    for route in routes:
+        if isinstance(route.spec, EncodedSpec):
+            raise ModelError(
+                f"{parameter}: transformers builds it from {route.spec.keys[0]!r}, whose codes moeq"
+                " would have to decode first",
+                hint="start from an unquantized checkpoint of this model",
+            )
 
 
 _OURS = tuple(f"{w}_{p}" for w in ("w13", "w2", "weight") for p in ("codes", "scale"))
@@ -342,8 +420,13 @@ def quantized_names(module: nn.Module) -> list[str]:
 def original_names(target: Target) -> tuple[str, ...]:
     if target.shape.kind == "linear":
         return (target.up_name,)
-    names = (target.up_name, "down_proj")
-    return (*names, *(f"{name}_bias" for name in names)) if target.shape.has_bias else names
+    return experts_names(target.shape, target.up_name)
+
+
+def experts_names(shape: LayerShape, up_name: str) -> tuple[str, ...]:
+    """Parameters of transformers' shared kind of experts."""
+    names = (up_name, "down_proj")
+    return (*names, *(f"{name}_bias" for name in names)) if shape.has_bias else names
 
 
 def _routes(

@@ -1,8 +1,8 @@
 """Every tensor that moeq reads itself, in one stream, into the layers of a transformers model.
 
-On a CPU those are the sources of quantized layers; the rest transformers maps from the file. For a
-GPU they are all tensors that no conversion touches: copies from pinned memory, beside the quantized
-ones, take a tenth of the time of transformers' own.
+On a CPU those are the sources of quantized layers, and what is kept but stored as codes; the rest
+transformers maps from the file. For a GPU they are all tensors that no conversion touches: copies
+from pinned memory, beside the quantized ones, take a tenth of the time of transformers' own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeq.checkpoint.encodings import decoding_bytes
 from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.ring import Event, Ring, feed
 from moeq.checkpoint.stream import (
@@ -32,7 +33,7 @@ from moeq.checkpoint.stream import (
     whole,
 )
 from moeq.config import OnlineQuantizationConfig
-from moeq.engines.hf_routes import Decision
+from moeq.engines.hf_routes import Decision, KeptExperts
 from moeq.engines.hf_structure import Target
 from moeq.memory import available_bytes
 from moeq.methods.base import OnlineMoEMethodBase
@@ -86,6 +87,16 @@ class _Kept:
     first: int
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """A piece of experts that are kept, but merged: one matrix or bias of one expert."""
+
+    module: nn.Module
+    parameter: str
+    source: Source
+    expert: int
+
+
 class LayerStream:
     """One load.
 
@@ -94,8 +105,8 @@ class LayerStream:
         decision: which tensors go where.
         methods: by the layer's name; filled in before `run`.
         device: where everything ends up.
-        kept: further tensors, by a name under which `tensors` has their place; where absent, for a
-            GPU those that no conversion touches.
+        kept: further tensors, by a name under which `tensors` has their place; where absent, those
+            that no conversion touches: for a GPU all, for a CPU those that are stored as codes.
     """
 
     def __init__(
@@ -111,7 +122,7 @@ class LayerStream:
         self._targets = decision.targets
         self._state = model.state_dict()
         if kept is None:
-            kept = decision.routes.plain if streams_kept(device) else {}
+            kept = decision.routes.plain if streams_kept(device) else decision.routes.encoded
         self.kept = kept
         self.maps_rest = not streams_kept(device)  # what transformers loads
         self.tensors: dict[str, Tensor] = {}
@@ -119,19 +130,23 @@ class LayerStream:
         self._modules = {target.shape.name: target.module for target in self._targets}
         self._pieces = [p for t in self._targets for p in pieces_of(t, sources[t.shape.name])]
         self._pieces += [piece for name, spec in self.kept.items() for piece in _kept(name, spec)]
-        total = sum(piece.nbytes for piece in self._pieces)
+        self._merged = decision.routes.kept_experts
+        self._pieces += [piece for experts in self._merged for piece in _merged(experts)]
+        total = sum(piece.held_bytes for piece in self._pieces)
         on_gpu = device.type == "cuda"
         size = _GPU_CHUNK if on_gpu else CHUNK_BYTES
         self._chunks = chunks_of(self._pieces, min(size, max(1 << 20, total // 64)))
-        largest = max((chunk.nbytes for chunk in self._chunks), default=0)
-        piece = max((piece.nbytes for piece in self._pieces), default=0)
+        largest = max((chunk.buffer_bytes for chunk in self._chunks), default=0)
+        decoded = max((chunk.decoded_bytes for chunk in self._chunks), default=0)
+        piece = max((piece.held_bytes for piece in self._pieces), default=0)
         # A small checkpoint is read in no time, and a window would be most of what it takes
         limit = min(_RING if on_gpu else _WINDOW, available_bytes() // 4, total // 8)
         # A CPU's worker has its chunk, a transposed and a waiting copy, and temporaries; of a GPU's
         # buffers some are read into while one is copied
         each = largest if on_gpu else largest + 2 * piece + min(_QUANTIZING, 8 * piece)
-        # Columns of down are copies until their chunk is done
+        # Columns of down, and what is decoded, are copies until their chunk is done
         copies = largest if any(t.shape.local_channels for t in self._targets) else 0
+        copies += decoded + decoding_bytes(device, decoded // 2)
         each += 0 if on_gpu else copies
         # On a CPU some wait for the disk while others quantize
         wanted = min(os.cpu_count() or 1 if on_gpu else torch.get_num_threads() + 2, _MOST_WORKERS)
@@ -167,6 +182,10 @@ class LayerStream:
             if name not in self.tensors:
                 dtype = self._state[name].dtype
                 self.tensors[name] = torch.empty(spec.shape, dtype=dtype, device=self._device)
+        for experts in self._merged:
+            for name in experts.sources:
+                like = self._state[name]
+                self.tensors[name] = torch.empty(like.shape, dtype=like.dtype, device=self._device)
         if self._ring is not None:
             self._feed_gpu(self._ring, on_bytes)
         else:
@@ -185,7 +204,7 @@ class LayerStream:
 
             def use(chunk: Chunk, buffer: Tensor) -> Event:
                 with torch.cuda.stream(next(turns)):
-                    self._use(chunk, buffer[: chunk.nbytes].to(device, non_blocking=True))
+                    self._use(chunk, buffer[: chunk.buffer_bytes].to(device, non_blocking=True))
                     event: Event = torch.cuda.current_stream().record_event()
                     return event
 
@@ -199,8 +218,16 @@ class LayerStream:
         for piece, span in chunk.spans(buffer):
             if isinstance(piece.key, _Kept):
                 tensor = span.tensor()
+                if piece.spec.is_flipped:
+                    tensor = tensor.mT
                 kept, first = self.tensors[piece.key.parameter], piece.key.first
                 (kept[first : first + len(tensor)] if tensor.ndim else kept).copy_(tensor)
+                continue
+            if isinstance(piece.key, _Merged):
+                merged = piece.key
+                tensor = self.tensors[merged.parameter]
+                for expert, part, arrived, _ in arrivals_of(merged.source, merged.expert, span):
+                    _place(tensor[expert], merged.module, part).copy_(arrived.tensor())
                 continue
             target, source = piece.key.target, piece.key.source
             method, name = self._methods[target.shape.name], target.shape.name
@@ -228,17 +255,18 @@ class LayerStream:
                     check_finite(tensor, tensor.abs().amax(), where(source))
 
     def _warn_of_empty_experts(self) -> None:
-        """Zeros are numbers, but an expert of nothing else was never trained, or lost."""
         for target in self._targets:
             method = self._methods[target.shape.name]
             if isinstance(method, OnlineMoEMethodBase):
-                empty = method.empty_experts(target.module)
-                if empty:
-                    warnings.warn(
-                        f"{target.shape.name}: every weight is zero in expert {empty[0]}"
-                        + (f" and {len(empty) - 1} more" if len(empty) > 1 else ""),
-                        stacklevel=2,
-                    )
+                warn_of_empty_experts(method, target.module, target.shape.name)
+
+
+def warn_of_empty_experts(method: OnlineMoEMethodBase, layer: nn.Module, name: str) -> None:
+    """Zeros are numbers, but an expert of nothing else was never trained, or lost."""
+    empty = method.empty_experts(layer)
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        warnings.warn(f"{name}: every weight is zero in expert {empty[0]}{more}", stacklevel=2)
 
 
 Arrival = tuple[int, Any, Span, str]
@@ -340,10 +368,35 @@ def _local_rows(piece: Piece, shape: LayerShape) -> list[Piece]:
     return pieces
 
 
+def _merged(experts: KeptExperts) -> list[Piece]:
+    pieces = []
+    for parameter, sources in experts.sources.items():
+        for source in sources:
+            if source.expert is not None:
+                key = _Merged(experts.module, parameter, source, source.expert)
+                pieces.append(whole(source.spec, key))
+                continue
+            for expert in range(experts.shape.num_experts):
+                key = _Merged(experts.module, parameter, source, expert)
+                pieces.append(matrix(source.spec, key, expert))
+    return pieces
+
+
+def _place(tensor: Tensor, module: Any, part: Part) -> Tensor:
+    """One projection [N, K], or [N] of a bias, in an expert's tensor as the module lays it out."""
+    if module.is_transposed and tensor.ndim == 2:
+        tensor = tensor.mT
+    if part == "down" or not module.has_gate:
+        return tensor
+    if module.is_concatenated:
+        return tensor.chunk(2)[part == "up"]
+    return tensor[part == "up" :: 2]
+
+
 def _kept(parameter: str, spec: TensorSpec) -> list[Piece]:
     if not spec.shape or not spec.nbytes:
         return [whole(spec, _Kept(parameter, 0))]
-    step = max(1, CHUNK_BYTES // (spec.nbytes // spec.shape[0]))
+    step = max(1, CHUNK_BYTES // (spec.held_bytes // spec.shape[0]))
     return [
         rows(spec, _Kept(parameter, first), first, min(step, spec.shape[0] - first))
         for first in range(0, spec.shape[0], step)

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
 from moeq.checkpoint.cache import cache_folder, entry_name, intact, making
 from moeq.checkpoint.folder import VARIANT, checkpoint_files
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.published import KNOWN, is_encoded
 from moeq.checkpoint.writer import check_manifest
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.save import save
@@ -87,7 +89,7 @@ def load(
     """
     folder = resolve_model(model)
     entries = check_folder(folder)
-    saved = entries.get("quantization_config") is not None
+    saved = is_saved(entries)
     config: OnlineQuantizationConfig | None = None
     if quantization is not None:
         if saved:
@@ -102,14 +104,12 @@ def load(
     elif not saved:
         known = ", ".join(scheme.value for scheme in OnlineQuantScheme)
         raise ConfigError(
-            f"{folder} is not quantized and no scheme is named", hint=f"name one of: {known}"
+            f"{folder} is not quantized by moeq and no scheme is named",
+            hint=f"name one of: {known}",
         )
     if "device_map" in kwargs:
         raise ConfigError("device_map is for from_pretrained", hint="pass device=")
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
+    checked_device(device)
     if cache and config is not None:
         if config.backend is not None:
             raise ConfigError("a cached model chooses its kernels itself: no backend with a cache")
@@ -126,6 +126,26 @@ def load(
         entry = cache_folder() / entry_name(folder, recipe)
         return _cached(entry, folder, config, device, progress, kwargs)
     return _load(folder, config, device, progress, kwargs)
+
+
+def checked_device(device: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}", hint="cpu, cuda, cuda:1, ...") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r}: moeq runs on CPUs and CUDA devices")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices",
+            hint="a build of PyTorch for CUDA, and a driver; or --device cpu",
+        )
+    return found
 
 
 def _cached(
@@ -187,8 +207,10 @@ def _load(
             if kwargs.get("config") is not None:  # of the unquantized model, it would hide this
                 kwargs["config"] = copy.deepcopy(kwargs["config"])
                 kwargs["config"].quantization_config = entries["quantization_config"]
+        else:
+            kwargs = for_source(folder, entries, kwargs)
         if not _is_distributed(kwargs):
-            kwargs["device_map"] = device
+            kwargs = kwargs | {"device_map": device}
         try:
             return model_class(entries).from_pretrained(
                 folder, quantization_config=config, **kwargs
@@ -198,6 +220,31 @@ def _load(
         except Exception:
             empty_model(folder)  # if that fails too it says which config is to blame
             raise
+
+
+def is_saved(entries: Mapping[str, Any]) -> bool:
+    """Whether moeq wrote the checkpoint of this config.json, which `check_config` has seen."""
+    found = entries.get("quantization_config")
+    return found is not None and not is_encoded(found)
+
+
+def for_source(
+    folder: Path, entries: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` under which transformers does not decode a checkpoint that is
+    published quantized, because we do."""
+    if not is_encoded(entries.get("quantization_config")):
+        return dict(kwargs)
+    if kwargs.get("config") is None:
+        config, unused = AutoConfig.from_pretrained(folder, **kwargs, return_unused_kwargs=True)
+        rest: dict[str, Any] = unused
+    else:
+        config, rest = copy.deepcopy(kwargs["config"]), dict(kwargs)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if config.dtype is None:  # transformers would take the first floating dtype that it finds
+        rest.setdefault("dtype", torch.bfloat16)
+    return rest | {"config": config}
 
 
 def _is_distributed(kwargs: dict[str, Any]) -> bool:
@@ -247,10 +294,11 @@ def check_config(folder: Path) -> dict[str, Any]:
     for part in (entries, entries.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, dict) else None
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-        if found is not None and method != QUANT_METHOD:
+        is_known = method == QUANT_METHOD or (part is entries and is_encoded(found))
+        if found is not None and not is_known:
             raise CheckpointError(
                 f"{path}: the checkpoint is already quantized ({method})",
-                hint="moeq starts from the unquantized checkpoint"
+                hint=f"moeq starts from the unquantized checkpoint, or from {KNOWN}"
                 + ("; this format is for vLLM" if method == "compressed-tensors" else ""),
             )
     try:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from moeq.checkpoint.cache import identity
 from moeq.checkpoint.folder import checkpoint_files
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.headers import TensorSpec
 from moeq.checkpoint.hub import resolve_model
+from moeq.checkpoint.published import read_specs
 from moeq.checkpoint.writer import Finished, map_shard, new_folder
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.formats import FORMATS, Entry, Format, joined
@@ -29,7 +30,7 @@ from moeq.engines.hf_plans import load_plan
 from moeq.engines.hf_routes import Decision, quantized_names
 from moeq.engines.hf_stream import LayerStream, create_method
 from moeq.engines.hf_structure import Target
-from moeq.engines.load import check_folder, empty_model
+from moeq.engines.load import check_folder, empty_model, is_saved
 from moeq.engines.planning import decision_for
 from moeq.engines.save import copy_beside
 from moeq.errors import ConfigError
@@ -71,11 +72,11 @@ def quantize_checkpoint(
     """
     folder = resolve_model(model)
     entries = check_folder(folder)
-    if entries.get("quantization_config") is not None:
+    if is_saved(entries):
         raise ConfigError(
             f"{folder} is already quantized by moeq", hint="start from the unquantized checkpoint"
         )
-    specs = read_headers(checkpoint_files(folder))
+    specs = read_specs(checkpoint_files(folder))
     empty = empty_model(folder)
     decision = decision_for(empty, specs, config)
     plan = load_plan(empty, decision, specs, LayerStream(empty, decision, {}, _CPU))
@@ -198,7 +199,7 @@ def _shards(
         (plans[target.shape.name].final_bytes, target) for target in decision.targets
     ]
     left = read | set(decision.routes.dropped)
-    items += [(spec.nbytes, spec) for spec in specs.values() if spec.name not in left]
+    items += [(spec.held_bytes, spec) for spec in specs.values() if spec.name not in left]
     for nbytes, item in items:
         if size and size + nbytes > limit:
             shards.append(([], {}))
@@ -215,7 +216,7 @@ def _shards(
 def _part(decision: Decision, targets: list[Target]) -> Decision:
     names = {target.shape.name for target in targets}
     plans = tuple(plan for plan in decision.routes.plans if plan.shape.name in names)
-    routes = dataclasses.replace(decision.routes, plans=plans)
+    routes = dataclasses.replace(decision.routes, plans=plans, kept_experts=())  # copied one by one
     return dataclasses.replace(decision, targets=targets, routes=routes)
 
 

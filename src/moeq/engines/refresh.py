@@ -142,7 +142,7 @@ class _Table:
         for parameter in fed:
             if parameter in self._targets:
                 target, what = self._targets[parameter]
-                source = source_of(route, converter, target, what, parameter)
+                source = source_of(route, converter, target.module, target.shape, what)
                 check_source(target.shape, source)
                 is_projection = not (source.is_bias or source.transposed)
                 is_projection = is_projection and source.part != "gate_up"

@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
 
-from moeq.checkpoint.headers import TensorSpec, read_headers
+from moeq.checkpoint.headers import TensorSpec
+from moeq.checkpoint.published import read_specs
 from moeq.config import QUANT_METHOD, OnlineQuantizationConfig
 from moeq.engines.hf_claim import ClaimingConverter
 from moeq.engines.hf_modules import QuantizedLinear, experts_class
@@ -160,7 +161,7 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._memory = PeakMemory(self._device)
         self._memory.__enter__()
         with without_collections():
-            self._specs = read_headers([Path(file) for file in files])
+            self._specs = read_specs([Path(file) for file in files])
         self._targets, self._kept = find_targets(model, self.quantization_config)
         self.ranks = ranks_of(model)
         if self.ranks is not None:
@@ -193,6 +194,13 @@ class MoeqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._create_weights(target)
             # Only transformers knows how it splits what is not quantized
             kept: dict[str, TensorSpec] | None = None if self.ranks is None else {}
+            if self.ranks is not None and self._routes.decoded:
+                raise ModelError(
+                    f"{self._routes.decoded[0].name!r} is stored as codes and not quantized, which"
+                    " ranks cannot share",
+                    hint="quantize it too, or write a folder with `moeq quantize`, which loads on"
+                    " ranks",
+                )
             self._stream = LayerStream(self._model, decision, self._methods, self._device, kept)
             self.plan = load_plan(self._model, decision, self._specs, self._stream)
         self._stream.prepare()

@@ -33,13 +33,15 @@ class Divergence(NamedTuple):
 def divergence(reference: Tensor, logits: Tensor) -> Divergence:
     """Of logits [T, V] from those of the original [T, V], any floating dtype; results on the CPU.
 
-    Where logits tie the lower id is the likeliest, as `argmax` has it.
+    Where logits tie the lower id is the likeliest, as `argmax` has it. What the original finds
+    impossible (a logit of -Inf) adds nothing.
     """
     assert reference.shape == logits.shape, (reference.shape, logits.shape)
     kl, agrees = [], []
     for ours, theirs in zip(_rows(logits), _rows(reference), strict=True):
         p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum(-1).clamp_(min=0).cpu())
+        terms = (p.exp() * (p - q)).masked_fill_(p == -torch.inf, 0)
+        kl.append(terms.sum(-1).clamp_(min=0).cpu())
         agrees.append((theirs.argmax(-1) == ours.argmax(-1)).cpu())
     return Divergence(torch.cat(kl), torch.cat(agrees))
 

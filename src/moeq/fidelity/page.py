@@ -9,7 +9,6 @@ the page as a block of JSON.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from moeq.fidelity.figures.maps import STEPS
 from moeq.fidelity.figures.ramp import ramp_rules
 from moeq.fidelity.figures.svg import key_mark
 from moeq.fidelity.page_result import Result, dig
+from moeq.fidelity.result import finite
 from moeq.fidelity.words import (
     agreement,
     breakable,
@@ -289,13 +289,5 @@ def _measured(result: Result) -> str:
 
 def _embedded(result: Result) -> str:
     """JSON that no string in it can end; ASCII, and NaN, which JSON lacks, as null."""
-    plain = json.dumps(_finite(result), allow_nan=False, separators=(",", ":"))
+    plain = json.dumps(finite(result), allow_nan=False, separators=(",", ":"))
     return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,15 @@ class Evaluation:
         original = ("bytes", "expert_bytes", "perplexity", "tokens_per_second")
         reference = {name: found.pop(name) for name in original}
         return {"text": text, "reference": reference, **found}
+
+
+def finite(value: Any) -> Any:
+    """With NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _FAR = 6.0
