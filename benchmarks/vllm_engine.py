@@ -1,12 +1,12 @@
 """vLLM with moeq's plugin, with its own quantization, and unquantized: loading, memory, speed.
 
-    python benchmarks/vllm_engine.py --python .venv-vllm/bin/python [--gb 2.4] [--device cpu]
+    python benchmarks/vllm_engine.py --python .venv-vllm/bin/python [--gb 2.4] [--device cuda]
 
 Makes a checkpoint of Qwen3-30B-A3B's layers with random weights, and has each engine, in a process
 of its own in turn, load it (once to warm up, then --rounds times), read prompts and write tokens.
 Seconds and peak memory are those of vLLM's loader; memory is anonymous on a CPU and PyTorch's on a
-GPU, above what there was before. On a CPU vLLM runs eager, on a GPU compiled, with CUDA graphs.
-Medians.
+GPU, above what there was before. On a CPU vLLM runs eager, on a GPU compiled, with CUDA graphs of
+the batches that are measured. Medians. The checkpoint is made where --folder has none, and stays.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-OURS = ("moeq_int8_per_channel_weight_only", "moeq_int8_per_channel, linears bf16")
-
 RUNS = {
-    "cpu": ("bf16", "int8_per_channel_weight_only", *reversed(OURS)),
+    "cpu": (
+        "bf16", "int8_per_channel_weight_only", "moeq_int8_per_channel, linears bf16",
+        "moeq_int8_per_channel_weight_only",
+    ),
     "cuda": (
-        "bf16", "int8_per_channel_weight_only", *OURS, "fp8_per_channel", "moeq_fp8_per_channel",
+        "bf16", "int8_per_channel_weight_only", "moeq_int8_per_channel_weight_only, linears bf16",
+        "moeq_int8_per_channel_weight_only", "fp8_per_channel", "moeq_fp8_per_channel",
     ),
 }  # fmt: skip
-"""By device; the names without moeq are vLLM's own. Its int8_per_channel_weight_only quantizes
-activations on CPUs, whatever its name says, so it goes with moeq_int8_per_channel there."""
+"""By device; the names without moeq are vLLM's own. Its int8_per_channel_weight_only leaves linears
+alone, and quantizes activations on CPUs, whatever its name says, so it goes with
+moeq_int8_per_channel there."""
 
 SIZES = {"cpu": (512, 1, (1,)), "cuda": (2048, 8, (1, 32))}
 """By device: tokens of a prompt, prompts at a time, batches of the decode."""
@@ -112,6 +115,8 @@ def engine(folder: str, name: str, device: str, *, eager: bool) -> Any:
     tokens, prompts, batches = SIZES[device]
     if device == "cuda":
         options["kv_cache_memory_bytes"] = KV_BYTES
+        options["gpu_memory_utilization"] = 0.05  # what has to be free at the start
+        options["compilation_config"] = {"cudagraph_capture_sizes": list(batches)}
     return LLM(
         folder,
         quantization=None if quantization == "bf16" else quantization,
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--device", choices=RUNS, default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keeps the checkpoint there")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -163,10 +169,12 @@ def main() -> None:
     environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(args.threads)}
     own = ["--device", args.device, "--rounds", str(args.rounds)]
     is_first = True
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), args.gb, args.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "config.json").exists():
+            make(folder, args.gb, args.device)
         for name in RUNS[args.device]:
-            command = [args.python, __file__, "--one", folder, name, *own]
+            command = [args.python, __file__, "--one", str(folder), name, *own]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if "Error" in line]
