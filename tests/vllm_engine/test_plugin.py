@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -234,15 +236,26 @@ def test_completions_are_those_of_transformers(
 def test_compiled_and_in_cuda_graphs(vllm_job: Job, prompts: list[list[int]]) -> None:
     schemes = (INT8, "fp8_per_channel")
     runs: dict[str, dict[str, Any]] = {}
+    few = {"compilation_config": {"cudagraph_capture_sizes": [1, 8]}}  # each takes seconds
     for scheme in schemes:
-        runs[scheme] = {"quantization": f"moeq_{scheme}"}
-        runs[f"{scheme}, eager"] = runs[scheme] | EAGER
+        runs[scheme] = {"quantization": f"moeq_{scheme}"} | few
+        runs[f"{scheme}, eager"] = {"quantization": f"moeq_{scheme}"} | EAGER
     found = vllm_job(model_folder(), prompts, runs)
     for scheme in schemes:
         run, eager = found[scheme], found[f"{scheme}, eager"]
         assert "error" not in run, run
         assert run["digests"] == eager["digests"]
-        assert run["completions"][-1] == eager["completions"][-1]
+        # Rounding may choose another token, and what follows it is another text
+        agreed = [
+            abs(p - q)
+            for ours, theirs, ps, qs in zip(
+                run["completions"], eager["completions"], run["written"], eager["written"]
+            )
+            for _, p, q in takewhile(lambda same: same[0], zip(map(eq, ours, theirs), ps, qs))
+        ]
+        assert len(agreed) > sum(map(len, eager["completions"])) / 2
+        # Both were 0.006 to 0.033 from transformers' on an H100, where noise was 0.008 to 0.039
+        assert sum(agreed) / len(agreed) < 0.1
 
 
 def test_zeros_stay_zeros(one: dict[str, Any], checkpoints: dict[str, Path]) -> None:
