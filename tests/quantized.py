@@ -33,8 +33,8 @@ def quantized(
     *lead, k = weight.shape
     codes = torch.empty(*lead, code_columns(scheme, k), dtype=dtype)
     group = torch.empty(grouped, dtype=torch.float8_e4m3fn)
-    flat = (tensor.view(-1, tensor.shape[-1]) for tensor in (codes, group))
-    int4.quantize(weight.reshape(-1, k), scale.view(-1), *flat)
+    flat = (tensor.flatten(0, -2) for tensor in (codes, group))
+    int4.quantize(weight.flatten(0, -2), scale.view(-1), *flat)
     return Quantized(codes, scale, group)
 
 
