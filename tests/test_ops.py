@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq import ops
-from moeq.experts import scale_shape
+from moeq.experts import code_columns, group_shape, scale_shape
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import OnlineQuantScheme
 from tests.methods.moe import arrive, checkpoint, created, routing
@@ -29,10 +29,17 @@ def forgetful_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def codes(scheme: OnlineQuantScheme, *shape: int, parts: int = 1) -> tuple[Tensor, Tensor]:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def codes(
+    scheme: OnlineQuantScheme, *shape: int, parts: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((*shape[:-1], code_columns(scheme, shape[-1])), generator=generator)
     scale = torch.full(scale_shape(scheme.granularity, shape, parts), 0.01)
-    return weight.mul(30).clamp(-127, 127).to(scheme.weight_dtype), scale
+    grouped = group_shape(scheme, shape)
+    if grouped is None:
+        return weight.mul(30).clamp(-127, 127).to(scheme.weight_dtype), scale, None
+    group = torch.randint(8, 127, grouped, generator=generator, dtype=torch.uint8)
+    return weight.mul(40).add(128).clamp(0, 255).byte(), scale, group.view(torch.float8_e4m3fn)
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -43,8 +50,10 @@ def fused_arguments(
     scheme: OnlineQuantScheme, backend: str, x: Tensor, *, has_bias: bool = True
 ) -> tuple[Any, ...]:
     b13, b2 = (rows(E, 2 * I), rows(E, H)) if has_bias else (None, None)
-    weights = (*codes(scheme, E, 2 * I, H, parts=2), *codes(scheme, E, H, I))
-    return (x, *routing(x.shape[0], E), *weights, b13, b2, scheme.value, "silu", backend)
+    w13, w13_scale, w13_group = codes(scheme, E, 2 * I, H, parts=2)
+    w2, w2_scale, w2_group = codes(scheme, E, H, I)
+    weights = (w13, w13_scale, w2, w2_scale, b13, b2, w13_group, w2_group, 2)
+    return (x, *routing(x.shape[0], E), *weights, scheme.value, "silu", backend)
 
 
 def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:

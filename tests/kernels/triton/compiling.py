@@ -113,9 +113,9 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
         ids, factors = route(1, 2, 8)
         backend.fused_experts(torch.zeros(1, 256).bfloat16(), ids, factors, made, "silu")
         x = torch.zeros(1, 1, 256).bfloat16()
-        backend.expert_linear(x, ids, made.w13, made.w13_scale, None, scheme, 2)
+        backend.expert_linear(x, ids, made.w13, made.w13_scale, None, None, scheme, 2)
         if scheme.covers("linear"):
-            backend.linear(x, made.w2[0], made.w2_scale[0], None, scheme)
+            backend.linear(x, made.w2[0], made.w2_scale[0], None, None, scheme)
         if weights.knows(made.w2.device, made.w2.dtype):
             for wide in (256, 1 << 15):
                 codes = torch.empty(256, wide, dtype=scheme.weight_dtype)

@@ -14,7 +14,8 @@ from moeq.schemes import OnlineQuantScheme
 from tests.kernels.triton.device import DEVICE, HAS_GPU
 
 W8A16 = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
-EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
+KNOWN = [s for s in OnlineQuantScheme if s.group is None]  # not yet four bits
+EVERY_SCHEME = pytest.mark.parametrize("scheme", KNOWN, ids=lambda scheme: scheme.value)
 
 
 def test_tables_are_in_order_and_end_open() -> None:
