@@ -18,6 +18,7 @@ from tests.methods.moe import arrive, checkpoint, created, routing
 EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", "cpu"])
 ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+INT4 = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
 T, H, I, E = 3, 20, 12, 4  # noqa: E741
 
 
@@ -123,10 +124,10 @@ def double_gate(h13: Tensor) -> Tensor:
 class Layer(nn.Module):
     """What an engine makes of a method: a module whose forward is `apply`."""
 
-    def __init__(self, backend: str, *, own_gate: bool) -> None:
+    def __init__(self, backend: str, *, own_gate: bool, scheme: OnlineQuantScheme = ONE) -> None:
         super().__init__()
         model = checkpoint(E, H, I, has_bias=True)
-        self.method, layer = created(model, ONE, backend=backend)
+        self.method, layer = created(model, scheme, backend=backend)
         arrive(self.method, layer, model)
         how: dict[str, Any] = {"gate": double_gate} if own_gate else {"activation": "silu"}
         self.method.process_weights_after_loading(layer, **how)
@@ -140,10 +141,11 @@ class Layer(nn.Module):
 @EVERY_BACKEND
 @pytest.mark.parametrize("own_gate", [False, True])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("scheme", [ONE, INT4], ids=lambda scheme: scheme.value)
 def test_a_moe_layer_compiles_without_a_graph_break(
-    compiler: str, own_gate: bool, backend: str
+    compiler: str, own_gate: bool, backend: str, scheme: OnlineQuantScheme
 ) -> None:
-    layer = Layer(backend, own_gate=own_gate)
+    layer = Layer(backend, own_gate=own_gate, scheme=scheme)
     compiled = torch.compile(layer, backend=compiler, fullgraph=True)
     with torch.inference_mode():
         for tokens in (5, 7, 2):  # the number of tokens becomes dynamic
@@ -165,11 +167,11 @@ def test_one_graph_serves_any_number_of_tokens(backend: str) -> None:
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_a_linear_compiles_without_a_graph_break(compiler: str, backend: str) -> None:
-    method, layer = (
-        OnlineLinearMethod(OnlineQuantScheme.FP8_PER_BLOCK, backend=backend),
-        nn.Module(),
-    )
+@pytest.mark.parametrize("scheme", [OnlineQuantScheme.FP8_PER_BLOCK, INT4], ids=str)
+def test_a_linear_compiles_without_a_graph_break(
+    compiler: str, backend: str, scheme: OnlineQuantScheme
+) -> None:
+    method, layer = OnlineLinearMethod(scheme, backend=backend), nn.Module()
     method.create_weights(layer, in_features=H, out_features=I, dtype=torch.bfloat16)
     method.load(layer, rows(I, H), "w", torch.device("cpu"))
     method.process_weights_after_loading(layer)

@@ -85,6 +85,22 @@ def test_fused_experts(
     assert torch.equal(out, cpu.fused_experts(x, ids, topk_weights, w, "silu"))
 
 
+@EVERY_SCHEME
+@EVERY_DTYPE
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("h", "i"), [(33, 1), (40, 7), (31, 16), (1, 17), (70, 31)])
+def test_narrow_layers(
+    scheme: OnlineQuantScheme, dtype: torch.dtype, gated: bool, h: int, i: int
+) -> None:
+    """Less than a group, and rows that end within one; what fills them up is not read."""
+    torch.manual_seed(h)
+    w = random_weights(scheme, 3, h, i, gated=gated, bias=dtype)
+    for t in (1, 9):
+        x, (ids, topk_weights) = torch.randn(t, h).to(dtype), route(t, 2, 3)
+        out = cpu.fused_experts(x, ids, topk_weights, w, "silu")
+        assert_close(out, truth(x, ids, topk_weights, w, "silu"), dtype)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str) -> None:
     torch.manual_seed(0)

@@ -357,6 +357,25 @@ def test_what_was_saved_quantized_needs_no_arrivals() -> None:
     assert saved.choice is not None
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(40, 7), (33, 16), (32, 32), (64, 1)])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_dequantized_is_what_acts_of_an_expert(
+    is_gated: bool, hidden: int, intermediate: int
+) -> None:
+    """Gate rows, then up rows, without what fills rows up."""
+    model = checkpoint(2, hidden, intermediate, is_gated=is_gated)
+    for scheme in OnlineQuantScheme:
+        method, layer = loaded(model, scheme)
+        for expert in range(2):
+            w13, w2 = method.dequantized(layer, expert)
+            assert w13.dtype == w2.dtype == torch.float32
+            names = ("gate", "up") if is_gated else ("up",)
+            given = torch.cat([model.weights[expert, name] for name in names]).float()
+            for found, exact in ((w13, given), (w2, model.weights[expert, "down"].float())):
+                assert found.shape == exact.shape
+                assert (found - exact).norm() <= 0.12 * exact.norm()
+
+
 # A part of every expert
 
 
