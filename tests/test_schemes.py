@@ -73,6 +73,7 @@ def test_parse_takes_names_and_schemes(name: str) -> None:
         ("FP8_PER_TENSOR".lower().replace("_", "-"), "fp8_per_tensor"),
         ("int8_weight_only", "int8_per_channel_weight_only"),
         ("int4_weight_only", "int4_per_group_weight_only"),
+        ("int4", "int4_per_group_weight_only"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(wrong: str, meant: str) -> None:
