@@ -28,6 +28,7 @@ from moeq import OnlineQuantizationConfig, report_of
 from moeq.checkpoint.files import Files
 from moeq.checkpoint.headers import read_headers
 from moeq.engines import hf_stream
+from moeq.engines.hf_modules import order_of_files
 from moeq.errors import CheckpointError, ModelError, RefreshError
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
@@ -146,6 +147,13 @@ def assert_share(
     model: nn.Module, whole: nn.Module, way: dict[str, Any], architecture: Architecture = QWEN
 ) -> None:
     """Every tensor of a rank's experts is its part of the single process's, to the bit."""
+    with order_of_files(model), order_of_files(whole):
+        _assert_share(model, whole, way, architecture)
+
+
+def _assert_share(
+    model: nn.Module, whole: nn.Module, way: dict[str, Any], architecture: Architecture
+) -> None:
     for name in architecture.experts:
         ours, theirs = model.get_submodule(name), whole.get_submodule(name)
         expected = dict(theirs.named_parameters())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moeq import OnlineQuantizationConfig, report_of, save
 from moeq.engines import hf_stream
+from moeq.engines.hf_modules import order_of_files
 from moeq.experts import ExpertWeights
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, VOCABULARY, Architecture
@@ -273,6 +274,11 @@ def expected_weights(
 
 def dequantized(checkpoint: Checkpoint, model: nn.Module, scheme: OnlineQuantScheme) -> nn.Module:
     """The plain model, with the weights of a quantized one."""
+    with order_of_files(model):
+        return _dequantized(checkpoint, model, scheme)
+
+
+def _dequantized(checkpoint: Checkpoint, model: nn.Module, scheme: OnlineQuantScheme) -> nn.Module:
     plain = copy.deepcopy(checkpoint.plain)
     architecture = checkpoint.architecture
     up = "gate_up_proj" if architecture.is_gated else "up_proj"
