@@ -1,15 +1,18 @@
-"""vLLM with moeq's plugin, with its own int8, and unquantized: loading, memory, speed.
+"""vLLM with moeq's plugin, with its own quantization, and unquantized: loading, memory, speed.
 
-    python benchmarks/vllm_engine.py --python .venv-vllm/bin/python [--gb 2.4] [--threads 2]
+    python benchmarks/vllm_engine.py --python .venv-vllm/bin/python [--gb 2.4] [--device cuda]
 
 Makes a checkpoint of Qwen3-30B-A3B's layers with random weights, and has each engine, in a process
-of its own in turn, load it, read prompts of 512 tokens and write 64 tokens. Anonymous memory is
-above what the process has before it loads, without vLLM's KV cache. Medians over --rounds.
+of its own in turn, load it (once to warm up, then --rounds times), read prompts and write tokens.
+Seconds and peak memory are those of vLLM's loader; memory is anonymous on a CPU and PyTorch's on a
+GPU, above what there was before. On a CPU vLLM runs eager, on a GPU compiled, with CUDA graphs of
+the batches that are measured. Medians. The checkpoint is made where --folder has none, and stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -21,110 +24,167 @@ from pathlib import Path
 from typing import Any
 
 RUNS = {
-    "bf16": None,
-    "vLLM int8_per_channel_weight_only": "int8_per_channel_weight_only",
-    "moeq_int8_per_channel, linears bf16": "moeq_int8_per_channel",
-    "moeq_int8_per_channel_weight_only": "moeq_int8_per_channel_weight_only",
+    "cpu": (
+        "bf16", "int8_per_channel_weight_only", "moeq_int8_per_channel, linears bf16",
+        "moeq_int8_per_channel_weight_only",
+    ),
+    "cuda": (
+        "bf16", "int8_per_channel_weight_only", "moeq_int8_per_channel_weight_only, linears bf16",
+        "moeq_int8_per_channel_weight_only", "fp8_per_channel", "moeq_fp8_per_channel",
+    ),
+}  # fmt: skip
+"""By device; the names without moeq are vLLM's own. Its int8_per_channel_weight_only leaves linears
+alone, and quantizes activations on CPUs, whatever its name says, so it goes with
+moeq_int8_per_channel there."""
+
+SIZES = {"cpu": (512, 1, (1,)), "cuda": (2048, 8, (1, 32))}
+"""By device: tokens of a prompt, prompts at a time, batches of the decode."""
+
+NEW = 64
+SHORT = 32
+"""Tokens of the prompts of the decode."""
+
+KV_BYTES = 2**30
+TRIES = 3
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": str(KV_BYTES // 2**30),
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
 }
-"""vLLM's int8 quantizes activations on CPUs, whatever its name says, so it goes with the third."""
-
-PROMPT, NEW = 512, 64
-KV_GIB = 1
 
 
-def measure(folder: str, quantization: str | None) -> dict[str, float]:
-    """One run, in vLLM's Python."""
-    from vllm import LLM, SamplingParams
+def measure(folder: str, name: str, device: str, rounds: int) -> dict[str, float]:
+    """One engine, in vLLM's Python."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    loads = watch_loader(device)
+    for _ in range(rounds):
+        llm = engine(folder, name, device, eager=True)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    llm = engine(folder, name, device, eager=device == "cpu")
+    tokens, prompts, batches = SIZES[device]
+    found = {
+        "load, s": statistics.median(load[0] for load in loads[1:]),
+        "peak, MB": statistics.median(load[1] for load in loads[1:]) / 1e6,
+        "prompt, tok/s": prompts * tokens / seconds(llm, prompts, tokens, 1),
+    }
+    for batch in batches:
+        first = seconds(llm, batch, SHORT, 1)
+        rest = seconds(llm, batch, SHORT, NEW) - first
+        found[f"decode of {batch}, tok/s"] = batch * (NEW - 1) / rest
+    return found
+
+
+def watch_loader(device: str) -> list[tuple[float, int]]:
+    """Seconds and peak bytes of every load from now on."""
+    import torch
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     from moeq.memory import PeakMemory
 
-    options: dict[str, Any] = {"max_model_len": PROMPT + NEW, "enforce_eager": True}
-    if quantization == "moeq_int8_per_channel":
+    found: list[tuple[float, int]] = []
+    original = BaseModelLoader.load_model
+
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        with PeakMemory(torch.device(device)) as memory:
+            model = original(*args, **kwargs)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        found.append((time.perf_counter() - started, memory.peak_bytes or 0))
+        return model
+
+    BaseModelLoader.load_model = load_model
+    return found
+
+
+def engine(folder: str, name: str, device: str, *, eager: bool) -> Any:
+    from vllm import LLM
+
+    quantization, _, plain_linears = name.partition(",")
+    options: dict[str, Any] = {}
+    if plain_linears:
         text = json.dumps({"linear": "none"})
         options["hf_overrides"] = {"quantization_config_dict_json": text}
-    import torch
+    tokens, prompts, batches = SIZES[device]
+    if device == "cuda":
+        options["kv_cache_memory_bytes"] = KV_BYTES
+        options["gpu_memory_utilization"] = 0.05  # what has to be free at the start
+        options["compilation_config"] = {"cudagraph_capture_sizes": list(batches)}
+    return LLM(
+        folder,
+        quantization=None if quantization == "bf16" else quantization,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        enforce_eager=eager,
+        max_num_seqs=max(prompts, *batches),
+        max_num_batched_tokens=max(2048, tokens + NEW),
+        max_model_len=tokens + NEW,
+        **options,
+    )
 
-    with PeakMemory(torch.device("cpu")) as memory:
+
+def seconds(llm: Any, prompts: int, tokens: int, new: int) -> float:
+    """Median, after one more to warm up."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0, detokenize=False)
+    inputs = [
+        {"prompt_token_ids": [(i + 11 * prompt) * 37 % 8000 for i in range(tokens)]}
+        for prompt in range(prompts)
+    ]
+    times = []
+    for _ in range(1 + TRIES):
         started = time.perf_counter()
-        llm = LLM(
-            folder,
-            quantization=quantization,
-            dtype="bfloat16",
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            max_num_seqs=1,
-            **options,
-        )
-        load = time.perf_counter() - started
-
-    def seconds(new: int) -> float:
-        sampling = SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False)
-        prompt: Any = {"prompt_token_ids": [i * 37 % 8000 for i in range(PROMPT)]}
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            llm.generate(prompt, sampling, use_tqdm=False)
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
-    seconds(2)
-    prefill = seconds(1)
-    return {
-        "load": load,
-        "peak": (memory.peak_bytes or 0) - KV_GIB * 2**30,
-        "prefill": PROMPT / prefill,
-        "decode": (NEW - 1) / (seconds(NEW) - prefill),
-    }
+        llm.generate(inputs, sampling, use_tqdm=False)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="that has vLLM and moeq")
     parser.add_argument("--gb", type=float, default=2.4)
+    parser.add_argument("--device", choices=RUNS, default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keeps the checkpoint there")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        folder, quantization = args.one
-        print(json.dumps(measure(folder, quantization or None)))
+        print(json.dumps(measure(*args.one, args.device, args.rounds)))
         return
     sys.path.insert(0, str(Path(__file__).parent))
     from loading import make
 
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": str(args.threads),
-        "HF_HUB_OFFLINE": "1",
-    }
-    found: dict[str, list[dict[str, float]]] = {}
-    failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), args.gb, "cpu")
-        for _ in range(args.rounds):
-            for name, quantization in RUNS.items():
-                if name in failed:
-                    continue
-                command = [args.python, __file__, "--one", folder, quantization or ""]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    lines = [line for line in done.stderr.splitlines() if "Error" in line]
-                    failed[name] = lines[-1] if lines else f"exit status {done.returncode}"
-                else:
-                    found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'':38}{'load s':>8} {'peak MB':>8} {'prompt tok/s':>13} {'decode tok/s':>13}")
-    for name in RUNS:
-        if name in failed:
-            print(f"{name:38}{failed[name]}")
-            continue
-        load, peak, prefill, decode = (
-            statistics.median(run[key] for run in found[name])
-            for key in ("load", "peak", "prefill", "decode")
-        )
-        print(f"{name:38}{load:>8.2f} {peak / 1e6:>8.0f} {prefill:>13.1f} {decode:>13.2f}")
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(args.threads)}
+    own = ["--device", args.device, "--rounds", str(args.rounds)]
+    is_first = True
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "config.json").exists():
+            make(folder, args.gb, args.device)
+        for name in RUNS[args.device]:
+            command = [args.python, __file__, "--one", str(folder), name, *own]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "Error" in line]
+                print(f"{name:38}{lines[-1] if lines else f'exit status {done.returncode}'}")
+                continue
+            found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+            if is_first:
+                print(f"{'':38}" + "".join(f"{column:>24}" for column in found))
+                is_first = False
+            print(f"{name:38}" + "".join(f"{value:>24.4g}" for value in found.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from typing import Any
 
 BF16 = "bf16"
 WEIGHT_ONLY = "int8_per_channel_weight_only"
+FOUR_BITS = "int4_per_group_weight_only"
 
 VOCABULARY = 1024
 PROMPTS, TOKENS = 8, 128
@@ -75,10 +76,12 @@ ROWS = {
     "fp8_per_block": Row("fp8_per_block"),
     "fp8_per_block/fp32-scales": Row("fp8_per_block", environment={"VLLM_USE_DEEP_GEMM_E8M0": "0"}),
     WEIGHT_ONLY: Row(WEIGHT_ONLY),
+    FOUR_BITS: Row(FOUR_BITS),
     **{
         f"moeq_{scheme}": Row(scheme, environment={"VLLM_PLUGINS": "moeq"}, by_plugin=True)
         for scheme in (
-            WEIGHT_ONLY, "int8_per_channel", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"
+            WEIGHT_ONLY, FOUR_BITS, "int8_per_channel",
+            "fp8_per_tensor", "fp8_per_channel", "fp8_per_block",
         )
     },
 }  # fmt: skip

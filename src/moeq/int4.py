@@ -124,13 +124,13 @@ def _encode(weight: Tensor, scale: Tensor, codes: Tensor, group_scale: Tensor) -
     for distance in _CANDIDATES:
         candidate = (least + distance).clamp_(min=E4M3_LEAST)
         value = ((candidate + _E4M3_BIAS) << 20).view(torch.float32) / unit
-        torch.mul(x, value.reciprocal(), out=code)
-        error = torch.addcmul(x, code.clamp_(-8, 7).round_(), value, value=-1).square_().sum(0)
+        torch.mul(x, value.reciprocal(), out=code).clamp_(-8, 7).round_()
+        error = torch.sub(x, code.mul_(value), out=code).square_().sum(0)
         byte = torch.where(error < fewest, candidate, byte)
         fewest = torch.minimum(fewest, error)
     value = ((byte + _E4M3_BIAS) << 20).view(torch.float32) / unit
     torch.mul(x, value.reciprocal(), out=code).clamp_(-8, 7).round_().add_(8)
     byte |= (sign < 0).int() << 7
     group_scale.view(torch.uint8).copy_(byte.view(n, -1))
-    whole = code.to(torch.uint8).t().reshape(n, -1)
-    torch.bitwise_or(whole[:, 0::2], whole[:, 1::2] << 4, out=codes)
+    pairs = code[0::2].add_(code[1::2], alpha=16)
+    codes.view(-1, GROUP_BYTES).copy_(pairs.to(torch.uint8).t())

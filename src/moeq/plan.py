@@ -159,6 +159,15 @@ class LayerPlan:
         itemsizes = [s.spec.dtype.itemsize for s in self.sources if s.is_bias]
         return self.shape.quantized_bytes(self.scheme, itemsizes[0] if itemsizes else 0)
 
+    @property
+    def filled(self) -> str:
+        """What the scheme does to rows that its groups do not divide; "" where they do."""
+        group = self.scheme.group or 1
+        parts: tuple[Part, ...] = ("up", "down") if self.shape.kind == "moe" else ("down",)
+        widths = dict.fromkeys(self.shape.matrix_shape(part)[1] for part in parts)
+        odd = [f"{width} to {-(-width // group) * group}" for width in widths if width % group]
+        return f"rows are filled up with zeros: {', '.join(odd)} columns" if odd else ""
+
     def _read_bytes(self, source: Source, nbytes: int | None = None) -> int:
         """A rank's share of a tensor; of its `nbytes`, those stored where absent."""
         nbytes, experts = nbytes or source.spec.nbytes, self.shape.experts
@@ -233,6 +242,11 @@ class LoadPlan:
         quantized = sum(layer.shape.num_weights for layer in self._moe_layers)
         every = quantized + self.unquantized_weights
         return quantized / every if every else 0.0
+
+    @property
+    def filled(self) -> dict[str, str]:
+        """Layer -> how its rows become wider, where they do."""
+        return {layer.shape.name: layer.filled for layer in self.layers if layer.filled}
 
     @property
     def _moe_layers(self) -> list[LayerPlan]:

@@ -69,12 +69,18 @@ class LoadReport:
         ]
         lines += [f"kernel   {kind}: {kernel}" for kind, kernel in self.kernels.items()]
         lines += [f"note     {note}" for note in self.notes]
-        rules = sorted(set(self.kept.values()))
-        for rule in rules:
-            names = [name for name, why in self.kept.items() if why == rule]
-            more = f" + {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"kept     {names[0]}{more}: {rule}")
+        lines += [f"kept     {line}" for line in by_reason(self.kept)]
         return lines
+
+
+def by_reason(reasons: dict[str, str]) -> list[str]:
+    """Layer -> reason, as a line for each reason."""
+    lines = []
+    for reason in sorted(set(reasons.values())):
+        names = [name for name, why in reasons.items() if why == reason]
+        more = f" + {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more}: {reason}")
+    return lines
 
 
 def make_report(
@@ -98,7 +104,7 @@ def make_report(
         peak_bytes_actual=peak,
         seconds=seconds,
         kernels=kernels,
-        notes=notes,
+        notes=notes + tuple(by_reason(plan.filled)),
         kept=plan.kept,
         timeline=timeline,
     )

@@ -169,3 +169,34 @@ def test_what_a_load_would_refuse_is_refused(tmp_path: Path) -> None:
             moeq.OnlineQuantizationConfig("fp8_per_tensor"),
             [torch.device("cpu")],
         )
+
+
+def test_rows_that_groups_do_not_divide_are_named(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "tie_word_embeddings": True,
+    }
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path)
+    names = ("int4_per_group_weight_only", "int8_per_channel_weight_only")
+    arguments = (str(tmp_path), "-q", ",".join(names), "--linear", "none")
+    (four, eight) = run(*arguments, "--json")["schemes"]
+    rule = "rows are filled up with zeros: 40 to 64, 24 to 32 columns"
+    layers = [f"model.layers.{index}.mlp.experts" for index in range(2)]
+    assert four["filled"] == dict.fromkeys(layers, rule)
+    assert eight["filled"] == {}
+    line = f"{names[0]}: {layers[0]} + 1 more: {rule}"
+    assert line in " ".join(run(*arguments).split())
+    config = moeq.OnlineQuantizationConfig(moe=names[0])
+    report = moeq.report_of(moeq.load(tmp_path, config))
+    assert f"{layers[0]} + 1 more: {rule}" in report.notes
+    assert report.total_bytes_after == four["total_bytes"]

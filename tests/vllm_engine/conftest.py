@@ -34,7 +34,12 @@ def vllm_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Has vLLM load models and judge prompts, see `worker`: in one process, or in ranks."""
 
     def job(
-        model: Path, prompts: list[list[int]], runs: dict[str, dict[str, Any]], *, ranks: int = 1
+        model: Path,
+        prompts: list[list[int]],
+        runs: dict[str, dict[str, Any]],
+        *,
+        ranks: int = 1,
+        plugins: str | None = None,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("job")
         job_file, result = folder / "job.json", folder / "result.json"
@@ -48,6 +53,8 @@ def vllm_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
             "VLLM_CACHE_ROOT": str(folder / "cache"),
         }
         environment.pop("PYTHONPATH", None)
+        if plugins is not None:
+            environment["VLLM_PLUGINS"] = plugins
         done = subprocess.run(
             [PYTHON, WORKER, job_file, result],
             env=environment, capture_output=True, text=True, timeout=600,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 import moeq
 from moeq import OnlineQuantizationConfig
 from moeq.embedded import PROMPT, held_out_text, model_folder
+from moeq.engines.offline import quantize_checkpoint
 from moeq.schemes import OnlineQuantScheme
 from tests.vllm_engine.conftest import DEVICE, Job
 
@@ -233,15 +236,26 @@ def test_completions_are_those_of_transformers(
 def test_compiled_and_in_cuda_graphs(vllm_job: Job, prompts: list[list[int]]) -> None:
     schemes = (INT8, "fp8_per_channel")
     runs: dict[str, dict[str, Any]] = {}
+    few = {"compilation_config": {"cudagraph_capture_sizes": [1, 8]}}  # each takes seconds
     for scheme in schemes:
-        runs[scheme] = {"quantization": f"moeq_{scheme}"}
-        runs[f"{scheme}, eager"] = runs[scheme] | EAGER
+        runs[scheme] = {"quantization": f"moeq_{scheme}"} | few
+        runs[f"{scheme}, eager"] = {"quantization": f"moeq_{scheme}"} | EAGER
     found = vllm_job(model_folder(), prompts, runs)
     for scheme in schemes:
         run, eager = found[scheme], found[f"{scheme}, eager"]
         assert "error" not in run, run
         assert run["digests"] == eager["digests"]
-        assert run["completions"][-1] == eager["completions"][-1]
+        # Rounding may choose another token, and what follows it is another text
+        agreed = [
+            abs(p - q)
+            for ours, theirs, ps, qs in zip(
+                run["completions"], eager["completions"], run["written"], eager["written"]
+            )
+            for _, p, q in takewhile(lambda same: same[0], zip(map(eq, ours, theirs), ps, qs))
+        ]
+        assert len(agreed) > sum(map(len, eager["completions"])) / 2
+        # Both were 0.006 to 0.033 from transformers' on an H100, where noise was 0.008 to 0.039
+        assert sum(agreed) / len(agreed) < 0.1
 
 
 def test_zeros_stay_zeros(one: dict[str, Any], checkpoints: dict[str, Path]) -> None:
@@ -400,6 +414,28 @@ def test_experts_with_biases_and_a_clamped_gate(
     prompts = found["prompts"]
     noise = distance(judged(plain, prompts), found["bf16"]["logprobs"])
     assert distance(judged(mine, prompts), found[scheme]["logprobs"]) <= 4 * noise
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a test of vLLM's CPU build")
+def test_vllm_without_the_plugin_reads_linears_of_four_bits(
+    vllm_job: Job, prompts: list[list[int]], floor: float, tmp_path: Path
+) -> None:
+    """Its CPU build has a kernel for them on every machine; for experts it wants AMX."""
+    chosen = OnlineQuantizationConfig(moe="none", linear="int4_per_group_weight_only")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    quantize_checkpoint(model_folder(), chosen, whole, file_format="compressed-tensors")
+
+    def turn(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name] = tensors[name].roll(1, 0)
+
+    changed(whole, broken, turn)
+    runs = {name: EAGER | {"model": str(path)} for name, path in (("ct", whole), ("no", broken))}
+    found = vllm_job(whole, prompts, runs, plugins="")
+    assert "error" not in found["ct"], found["ct"]
+    mine = judged(moeq.load(model_folder(), chosen), prompts)
+    assert distance(mine, found["ct"]["logprobs"]) <= 4 * floor
+    assert distance(mine, found["no"]["logprobs"]) > 40 * floor
 
 
 def test_random_codes_where_vllm_is_asked_for_dummies(one: dict[str, Any]) -> None:

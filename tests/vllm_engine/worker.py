@@ -2,8 +2,8 @@
 
 JOB is a JSON file: the model's folder, prompts as token ids, and runs, each with a name, vLLM's
 `quantization` and further options of `vllm.LLM`. RESULT gets, by the run's name, the
-log-probabilities of the prompts' tokens, their greedy completions, SHA-256 of every quantized
-tensor of every rank, and seconds; or the error.
+log-probabilities of the prompts' tokens, their greedy completions, the log-probabilities of those,
+SHA-256 of every quantized tensor of every rank, and seconds; or the error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def run(model: str, prompts: list[list[int]], options: dict[str, Any]) -> dict[s
     loaded = time.perf_counter()
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
-        SamplingParams(max_tokens=NEW, temperature=0, prompt_logprobs=0, detokenize=False),
+        SamplingParams(
+            max_tokens=NEW, temperature=0, prompt_logprobs=0, logprobs=0, detokenize=False
+        ),
         use_tqdm=False,
     )
     found = {
@@ -49,6 +51,10 @@ def run(model: str, prompts: list[list[int]], options: dict[str, Any]) -> dict[s
             for output in outputs
         ],
         "completions": [list(output.outputs[0].token_ids) for output in outputs],
+        "written": [
+            [next(iter(entry.values())).logprob for entry in output.outputs[0].logprobs]
+            for output in outputs
+        ],
         "digests": llm.apply_model(digests),
         "seconds": {"load": loaded - started, "all": time.perf_counter() - started},
     }

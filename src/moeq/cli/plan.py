@@ -158,6 +158,7 @@ def make_plan(
             "gpu_peak_bytes": on_gpu.peak_bytes,
             "gpu_host_peak_bytes": on_gpu.host_bytes,
             "kept": on_cpu.kept,
+            "filled": on_cpu.filled,
             "dropped": on_cpu.dropped,
             "read_seconds": on_cpu.checkpoint_bytes / rate if rate else None,
         }
@@ -227,7 +228,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from moeq.cli.output import printable
-    from moeq.report import size
+    from moeq.report import by_reason, size
 
     console = Console()
     kinds = {place["kind"] for place in result["places"]}
@@ -261,6 +262,8 @@ def _print(result: dict[str, Any]) -> None:
         lines.append(f"reading: {seconds:.1f} s at {rate / 1e9:.2f} GB/s, as just measured")
     for place, row in zip(result["places"], result["advice"], strict=True):
         lines.append(f"{place['name']}, {size(place['bytes'])} free: {row['advice']}")
+    for entry in result["schemes"]:
+        lines += [f"{entry['scheme']}: {line}" for line in by_reason(entry["filled"])]
     lines += lines_about(result.get("chosen"))
     coverage = min(entry["coverage"] for entry in result["schemes"])
     lines.append(f"{coverage:.0%} of expert weights would be quantized")

@@ -264,7 +264,9 @@ def _refuse_encoded(parameter: str, routes: Iterable[Route]) -> None:
             )
 
 
-_OURS = tuple(f"{w}_{p}" for w in ("w13", "w2", "weight") for p in ("codes", "scale"))
+_OURS = tuple(
+    f"{w}_{p}" for w in ("w13", "w2", "weight") for p in ("codes", "scale", "group_scale")
+)
 
 
 def _check_kept(route: Route, ours: Container[str], state: Mapping[str, Tensor]) -> None:

@@ -124,7 +124,7 @@ def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Gr
 def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    codes, scales, groups = storage
+    codes, scales, _ = storage
     device = codes.get_device()
     alike: dict[torch.dtype, list[Place]] = {}
     for place in places:
