@@ -32,9 +32,11 @@ import triton.language as tl
 from moeq.kernels.triton.rows import BLOCK, GROUP
 
 _UNPACK = """{
-.reg .b32 high, minus;
+.reg .b32 high, minus, zero;
 shr.u32 high, $4, 4;
-fma.rn.TYPE minus, $5, OFFSET, 0x80008000;
+mov.b32 minus, OFFSET;
+mov.b32 zero, 0x80008000;
+fma.rn.TYPE minus, $5, minus, zero;
 prmt.b32 $0, $4, high, 0x0400;
 prmt.b32 $1, $4, high, 0x0501;
 prmt.b32 $2, $4, high, 0x0602;

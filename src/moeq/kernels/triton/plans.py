@@ -163,9 +163,7 @@ def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torc
     )
 
 
-def _sizes(
-    scheme: OnlineQuantScheme, math: Arithmetic, dtype: torch.dtype
-) -> tuple[float, float]:
+def _sizes(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes of an element of the rows, and of the weight, as a product loads them."""
     return (1 if math.codes else dtype.itemsize), (1 if scheme.group is None else 0.5)
 

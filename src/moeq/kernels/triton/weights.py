@@ -364,7 +364,7 @@ def _square(x, value, fifteenth):
 def _words(x, by_group):
     """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]."""
     quotient = tl.minimum(tl.maximum(x * by_group, -8.0), 7.0)
-    # As an integer 0x4B400000 and 8 more than the code; what eight of them add to the codes is taken
+    # As an integer 0x4B400000 and 8 more than the code; what eight of the first add up to is taken
     # off at once.
     even, odd = _halves((quotient + 12582920.0).to(tl.int32, bitcast=True))
     even, odd = _halves(even + odd * 16)
