@@ -80,15 +80,12 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
             128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16, 32), tails=(0, 32, 64)),
         }
     if family == "groups":
-        low = [(64, 128, 4, 4), (64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 4)]
-        low += [(128, 256, 4, 3), (128, 256, 8, 3), (32, 256, 4, 4), (64, 256, 2, 4)]
-        middle = [(128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 3)]
-        high = [(128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 3), (256, 64, 8, 3)]
+        low = [(64, 256, 4, 3), (128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 4, 3)]
+        low += [(128, 256, 8, 3), (256, 128, 8, 3)]
         return {
             16: gemms(low),
-            32: gemms([(128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 3), (64, 128, 4, 4)]),
-            64: gemms(middle, groups=(16,), tails=(0, 32)),
-            128: gemms(high, groups=(16,), tails=(0, 32)),
+            64: gemms([(128, 64, 4, 4), (128, 128, 4, 3)], groups=(16,), tails=(0, 32)),
+            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16,), tails=(0, 32)),
         }
     if family == "block":
         low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)]
@@ -222,8 +219,8 @@ def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
         for is_up, rows, block_k, warps in itertools.product(
             (True, False), (1, 2, 4, 8), columns, (1, 2, 4)
         ):
-            most = 512 if w13.group is not None else 64
-            if not 16 <= (2 if is_up else k) * rows * block_k / (32 * warps) <= most:
+            least, most = (32, 128) if w13.group is not None else (16, 64)
+            if not least <= (2 if is_up else k) * rows * block_k / (32 * warps) <= most:
                 continue
             config = layer.Gemv(rows, block_k, warps)
 

@@ -79,7 +79,7 @@ def test_tilings_shrink_until_they_fit(scheme: OnlineQuantScheme, kib: int) -> N
     arithmetic = plans.arithmetic(DEVICE, scheme)
     for codes in {arithmetic.codes, False}:
         arithmetic = replace(arithmetic, codes=codes)
-        sizes = (1, 1) if codes else (2, 1)
+        sizes = plans._sizes(scheme, arithmetic, torch.bfloat16)
         assert plans.least_shared_memory(scheme, arithmetic, torch.bfloat16) <= 99 << 10
         for row in plans._tilings()[plans._family(scheme, arithmetic)]["gemm"]:
             for name in ("up", "down"):

@@ -31,41 +31,44 @@ import triton.language as tl
 
 from moeq.kernels.triton.rows import BLOCK, GROUP
 
-_UNPACK = """{
-.reg .b32 high, minus, zero;
-shr.u32 high, $4, 4;
-mov.b32 minus, OFFSET;
-mov.b32 zero, 0x80008000;
-fma.rn.TYPE minus, $5, minus, zero;
-prmt.b32 $0, $4, high, 0x0400;
-prmt.b32 $1, $4, high, 0x0501;
-prmt.b32 $2, $4, high, 0x0602;
-prmt.b32 $3, $4, high, 0x0703;
-lop3.b32 $0, $0, 0x000F000F, MAGIC, 0xEA;
-lop3.b32 $1, $1, 0x000F000F, MAGIC, 0xEA;
-lop3.b32 $2, $2, 0x000F000F, MAGIC, 0xEA;
-lop3.b32 $3, $3, 0x000F000F, MAGIC, 0xEA;
-fma.rn.TYPE $0, $0, $5, minus;
-fma.rn.TYPE $1, $1, $5, minus;
-fma.rn.TYPE $2, $2, $5, minus;
-fma.rn.TYPE $3, $3, $5, minus;
-}"""
-"""Four bytes to four pairs, each code times group scale: a code becomes the low bits of 128 + 8 +
-code (fp16: 1024), and 136 (1032) group scales are subtracted; both have few enough bits."""
+
+def _unpack(magic: str, start: str, *finish: str) -> str:
+    """PTX for four bytes in $4 to four pairs. PRMT brings the halves of a byte to the low ends of
+    16 bits each; `magic` makes numbers of them, 128 + 8 + code in bf16, 1024 + 8 + code in fp16."""
+    lines = [".reg .b32 high, minus, zero;", "shr.u32 high, $4, 4;", start]
+    for byte in range(4):
+        lines += [
+            f"prmt.b32 ${byte}, $4, high, 0x0{byte + 4}0{byte};",
+            f"lop3.b32 ${byte}, ${byte}, 0x000F000F, {magic}, 0xEA;",
+            *(line.replace("$pair", f"${byte}") for line in finish),
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
 
 
-def _unpack(dtype: str, magic: str, offset: str) -> str:
-    return _UNPACK.replace("TYPE", dtype).replace("MAGIC", magic).replace("OFFSET", offset)
-
-
-_UNPACK_BF16 = tl.constexpr(_unpack("bf16x2", "0x43004300", "0xC308C308"))
-_UNPACK_FP16 = tl.constexpr(_unpack("f16x2", "0x64006400", "0xE408E408"))
+# 136 times a group scale has few enough bits for bf16, so one operation subtracts and multiplies
+_UNPACK_BF16 = tl.constexpr(
+    _unpack(
+        "0x43004300",
+        "mov.b32 minus, 0xC308C308; mov.b32 zero, 0x80008000;"
+        " fma.rn.bf16x2 minus, $5, minus, zero;",
+        "fma.rn.bf16x2 $pair, $pair, $5, minus;",
+    )
+)
+# 1032 times one may be too large for fp16
+_UNPACK_FP16 = tl.constexpr(
+    _unpack(
+        "0x64006400",
+        "mov.b32 minus, 0xE408E408;",
+        "add.rn.f16x2 $pair, $pair, minus;",
+        "mul.rn.f16x2 $pair, $pair, $5;",
+    )
+)
 
 
 @triton.jit
 def decode_groups(codes, group, dtype: tl.constexpr, PTX: tl.constexpr):
     """Bytes [N, K / 2] of codes and e4m3 bits [N, K / 32] of group scales -> their products [N, K]
-    in fp16 or bf16, exactly. PTX: by hand, in half the instructions."""
+    in fp16 or bf16, exactly. PTX: with half the instructions."""
     COUNT: tl.constexpr = group.shape[1]
     codes = tl.reshape(codes, (codes.shape[0], COUNT, GROUP // 2))
     wide = group.to(tl.int8, bitcast=True).to(tl.int16)
@@ -164,6 +167,7 @@ def grouped_gemm(
     MATH: tl.constexpr,
     FP8_BITS: tl.constexpr,
     GROUPS: tl.constexpr,
+    COUNT_BY: tl.constexpr,
     PTX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -183,7 +187,7 @@ def grouped_gemm(
     X_ROWS, OUT_ROWS: which rows of x and of out belong to sorted rows, see `_rows_of`. ACT ""
     applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N]. HALVES: see `_block_tile`; w is a
     tensor descriptor of [E * PARTS * N, K]. GROUPS: w has bytes [E, PARTS * N, packed(K)], and
-    w_group e4m3 bits [E, PARTS * N, groups(K)].
+    w_group e4m3 bits [E, PARTS * N, groups(K)], a multiple of COUNT_BY.
     """
     COLS: tl.constexpr = BLOCK_N // PARTS
     num_n = tl.cdiv(N, COLS)
@@ -219,8 +223,8 @@ def grouped_gemm(
         else:
             _tile(
                 x, x_scale, w, w_scale, w_group, bias, out, pairs, expert, start, stop, n, N, K,
-                TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, GROUPS, PTX, HAS_BIAS,
-                EVEN_K, TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+                TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, GROUPS, COUNT_BY, PTX,
+                HAS_BIAS, EVEN_K, TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
             )  # fmt: skip
     elif HALVES:
         _block_tile(
@@ -231,8 +235,8 @@ def grouped_gemm(
     else:
         _tile(
             x, x_scale, w, w_scale, w_group, bias, out, pairs, expert, start, stop, n, N, K,
-            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, GROUPS, PTX, HAS_BIAS,
-            EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, GROUPS, COUNT_BY, PTX,
+            HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
         )  # fmt: skip
 
 
@@ -261,6 +265,7 @@ def _tile(
     MATH: tl.constexpr,
     FP8_BITS: tl.constexpr,
     GROUPS: tl.constexpr,
+    COUNT_BY: tl.constexpr,
     PTX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -284,7 +289,8 @@ def _tile(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
     WIDTH: tl.constexpr = BLOCK_K // 2 if GROUPS else BLOCK_K  # of a tile of weights, in bytes
-    count = tl.cdiv(K, GROUP)
+    # Only what is aligned is copied asynchronously
+    count = tl.multiple_of((K + (GROUP - 1)) // GROUP, COUNT_BY)
     row_bytes = count * (GROUP // 2) if GROUPS else K
     byte = tl.arange(0, WIDTH)
     w_ptrs = (
@@ -309,7 +315,7 @@ def _tile(
         else:
             x_factor = tl.full((BLOCK_M,), 1.0, tl.float32)
 
-    if GROUPS:  # likewise one step ahead
+    if GROUPS:
         g = tl.arange(0, BLOCK_K // GROUP)
         group_ptrs = (
             w_group
@@ -317,7 +323,11 @@ def _tile(
             + w_row.to(tl.int64)[:, None] * count
             + g[None, :]
         )
-        next_group = tl.load(group_ptrs, mask=None if EVEN_K else (g < count)[None, :])
+        # Of low tiles the compiler keeps decoded weights in registers if it sees all loads in the
+        # loop; those of high ones go through shared memory, and scales are better asked for early.
+        AHEAD: tl.constexpr = BLOCK_M >= 64
+        if AHEAD:
+            next_group = tl.load(group_ptrs, mask=(g < count)[None, :], other=0.0)
 
     INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
     if SWAP:
@@ -330,16 +340,19 @@ def _tile(
             wk = tl.load(w_ptrs)
         else:
             xk = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
-            wk = tl.load(w_ptrs, mask=byte[None, :] < row_bytes - k0 // (BLOCK_K // WIDTH), other=0)
+            wk = tl.load(
+                w_ptrs, mask=byte[None, :] < row_bytes - k0 // (BLOCK_K // WIDTH), other=0.0
+            )
         if GROUPS:
-            group = next_group
-            group_ptrs += BLOCK_K // GROUP
-            if EVEN_K:
-                next_group = tl.load(group_ptrs, mask=k0 + BLOCK_K < K)
+            if AHEAD:
+                group = next_group
+                after = g[None, :] < count - (k0 + BLOCK_K) // GROUP
+                next_group = tl.load(group_ptrs + BLOCK_K // GROUP, mask=after, other=0.0)
+            elif EVEN_K:
+                group = tl.load(group_ptrs)
             else:
-                next_group = tl.load(
-                    group_ptrs, mask=(g < count - (k0 + BLOCK_K) // GROUP)[None, :], other=0
-                )
+                group = tl.load(group_ptrs, mask=g[None, :] < count - k0 // GROUP, other=0.0)
+            group_ptrs += BLOCK_K // GROUP
             wk = decode_groups(wk, group, x.dtype.element_ty, PTX)
         elif MATH == "decode":
             wk = decode_codes(wk, x.dtype.element_ty, FP8_BITS)

@@ -154,16 +154,18 @@ def up(
         w
         + (tl.zeros((), tl.int64) + PARTS * N) * length * expert
         + row.to(tl.int64)[:, None] * length
-        + (tl.max_contiguous(j[None, :], (1, 1)) if GROUPS else j[None, :])
+        + j[None, :]
     )
+    if GROUPS:
+        w_ptrs = tl.multiple_of(tl.max_contiguous(w_ptrs, (1, 2)), (4, 4))
     up_at = (tl.zeros((), tl.int64) + N) * length
     acc = tl.zeros((ROWS, WIDTH), tl.int32 if INTEGER else tl.float32)
     acc_up = acc
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
-    codes = tl.load(w_ptrs, mask=(j < length)[None, :], other=0)
+    codes = tl.load(w_ptrs, mask=(j < length)[None, :], other=0.0)
     if PARTS == 2:
-        up_codes = tl.load(w_ptrs + up_at, mask=(j < length)[None, :], other=0)
+        up_codes = tl.load(w_ptrs + up_at, mask=(j < length)[None, :], other=0.0)
     if GROUPS:
         g_ptrs = (
             w_group
@@ -171,10 +173,11 @@ def up(
             + row.to(tl.int64)[:, None] * count
             + (j // (GROUP // _EIGHT))[None, :]
         )
+        g_ptrs = tl.multiple_of(tl.max_contiguous(g_ptrs, (1, 2)), (1, 1))
         group_up_at = (tl.zeros((), tl.int64) + N) * count
-        group = tl.load(g_ptrs, mask=(j < length)[None, :], other=0)
+        group = tl.load(g_ptrs, mask=(j < length)[None, :], other=0.0)
         if PARTS == 2:
-            up_group = tl.load(g_ptrs + group_up_at, mask=(j < length)[None, :], other=0)
+            up_group = tl.load(g_ptrs + group_up_at, mask=(j < length)[None, :], other=0.0)
     if WAIT:
         tl.extra.cuda.gdc_wait()
     for k0 in range(0, K, BLOCK_K):
@@ -204,14 +207,14 @@ def up(
         x_ptrs += BLOCK_K
         w_ptrs += WIDTH
         after = (j < length - k0 // (BLOCK_K // WIDTH) - WIDTH)[None, :]
-        codes = tl.load(w_ptrs, mask=after, other=0)
+        codes = tl.load(w_ptrs, mask=after, other=0.0)
         if PARTS == 2:
-            up_codes = tl.load(w_ptrs + up_at, mask=after, other=0)
+            up_codes = tl.load(w_ptrs + up_at, mask=after, other=0.0)
         if GROUPS:
             g_ptrs += BLOCK_K // GROUP
-            group = tl.load(g_ptrs, mask=after, other=0)
+            group = tl.load(g_ptrs, mask=after, other=0.0)
             if PARTS == 2:
-                up_group = tl.load(g_ptrs + group_up_at, mask=after, other=0)
+                up_group = tl.load(g_ptrs + group_up_at, mask=after, other=0.0)
 
     x_factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
     if GROUPS:
@@ -286,11 +289,13 @@ def down(
     j = tl.arange(0, WIDTH)
     if GROUPS:  # [ROWS, SLOTS, WIDTH], so that a thread has the same columns of several rows
         lines = expert.to(tl.int64)[None, :] * N + row.to(tl.int64)[:, None]
-        w_ptrs = w + lines[:, :, None] * length + tl.max_contiguous(j[None, None, :], (1, 1, 1))
+        w_ptrs = w + lines[:, :, None] * length + j[None, None, :]
+        w_ptrs = tl.multiple_of(tl.max_contiguous(w_ptrs, (1, 2, 4)), (4, 4, 4))
         g_ptrs = w_group + lines[:, :, None] * count + (j // (GROUP // _EIGHT))[None, None, :]
+        g_ptrs = tl.multiple_of(tl.max_contiguous(g_ptrs, (1, 2, 4)), (1, 1, 1))
         acc = tl.zeros((ROWS, SLOTS, WIDTH), tl.float32)
         present = local[None, :, None] & (j < length)[None, None, :]
-        group = tl.load(g_ptrs, mask=present, other=0)
+        group = tl.load(g_ptrs, mask=present, other=0.0)
     else:
         w_lines = expert.to(tl.int64)[:, None] * N * K + row.to(tl.int64)[None, :] * K
         w_ptrs = w + w_lines[:, :, None] + k[None, None, :]
@@ -299,7 +304,7 @@ def down(
     h_ptrs = h + pair.to(tl.int64)[:, None] * K + k[None, :]
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
-    codes = tl.load(w_ptrs, mask=present, other=0)
+    codes = tl.load(w_ptrs, mask=present, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for k0 in range(0, K, BLOCK_K):
@@ -322,13 +327,13 @@ def down(
             g_ptrs += BLOCK_K // GROUP
             left = length - (k0 + BLOCK_K) // _EIGHT
             after = local[None, :, None] & (j < left)[None, None, :]
-            group = tl.load(g_ptrs, mask=after, other=0)
+            group = tl.load(g_ptrs, mask=after, other=0.0)
         else:
             acc += _values(codes, FP8_BITS, INTEGER) * hk[:, None, :]
             after = local[:, None, None] & (k < K - k0 - BLOCK_K)[None, None, :]
         w_ptrs += WIDTH
         h_ptrs += BLOCK_K
-        codes = tl.load(w_ptrs, mask=after, other=0)
+        codes = tl.load(w_ptrs, mask=after, other=0.0)
 
     y = tl.sum(acc, 2).to(tl.float32)
     if GROUPS:

@@ -14,6 +14,7 @@ while its predecessor drains, and waits before it reads what that wrote.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moeq import int4
 from moeq.experts import ExpertWeights, blocks
 from moeq.kernels.triton import gemm, gemv, library, rows
 from moeq.kernels.triton.routing import Routing, route
@@ -223,6 +225,7 @@ def run_gemm(
         PARTS=w.parts,
         ACT=activation,
         **_constants(w, x_scale, arithmetic),
+        COUNT_BY=math.gcd(int4.groups(w.k), 16),
         PTX=arithmetic.ptx,
         EVEN_K=w.k % config.block_k == 0,
         BLOCK_M=block_m,
