@@ -7,7 +7,7 @@ cost in a captured model and weights come from memory and not from L2. Ceilings 
 same run: a read of 4 GiB, and 8192^3 products of the libraries. Columns: microseconds (median);
 weight bytes of the experts that were hit per second, as a fraction of the read; operations per
 second, as a fraction of the product in the same type; time as a fraction of vLLM's for the same
-scheme, of vLLM's bf16, and of bf16 grouped_mm.
+scheme, of vLLM's bf16, of bf16 grouped_mm, and of moeq's own int8 weight-only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeq.experts import ExpertWeights, scale_shape
+from moeq.experts import ExpertWeights, code_columns, group_shape, scale_shape
 from moeq.kernels import triton as ours
 from moeq.kernels.triton.library import gather_rows
 from moeq.kernels.triton.routing import route
@@ -40,6 +40,8 @@ SHAPES = {
 DeepSeek-V3, OLMoE-7B, gpt-oss-20b (without its biases and clamps)."""
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+_WEIGHT_ONLY = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY.value
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x, topk_ids, topk_weights -> out."""
@@ -98,6 +100,9 @@ def quantized(scheme: OnlineQuantScheme, e: int, h: int, i: int) -> ExpertWeight
     """A layer with codes as normal weights have them, made one expert at a time."""
 
     def codes(*shape: int) -> Tensor:
+        if scheme.group is not None:
+            size = (*shape[:-1], code_columns(scheme, shape[-1]))
+            return torch.randint(0, 256, size, dtype=torch.uint8, device="cuda")
         out = torch.empty(shape, dtype=scheme.weight_dtype, device="cuda")
         for matrix in out:
             w = torch.randn(matrix.shape, device="cuda")
@@ -109,10 +114,22 @@ def quantized(scheme: OnlineQuantScheme, e: int, h: int, i: int) -> ExpertWeight
 
     def scale(shape: tuple[int, ...], parts: int) -> Tensor:
         grid = scale_shape(scheme.granularity, shape, parts)
+        if scheme.group is not None:
+            return torch.full(grid, 2.0**-14, device="cuda")
         return (torch.rand(grid, device="cuda") + 0.5) * 6e-4
 
+    def groups(*shape: int) -> Tensor | None:
+        grid = group_shape(scheme, shape)
+        if grid is None:
+            return None
+        bits = torch.randint(0x30, 0x48, grid, dtype=torch.uint8, device="cuda")  # 0.5 to 4
+        return bits.view(torch.float8_e4m3fn)
+
     w13, w2 = (e, 2 * i, h), (e, h, i)
-    return ExpertWeights(scheme, codes(*w13), scale(w13, 2), codes(*w2), scale(w2, 1))
+    return ExpertWeights(
+        scheme, codes(*w13), scale(w13, 2), codes(*w2), scale(w2, 1),
+        w13_group=groups(*w13), w2_group=groups(*w2), parts=2,
+    )  # fmt: skip
 
 
 def moeq_call(weights: ExpertWeights) -> Call:
@@ -201,7 +218,7 @@ def main() -> None:
     print(", ".join(f"{name} {value:.2f}" for name, value in ceiling.items()), flush=True)
     print(
         f"{'shape':12}{'tokens':>7} {'what':30}{'us':>10} {'read':>6} {'ops':>6}"
-        f" {'/vllm':>6} {'/vllm bf16':>10} {'/grouped':>8}"
+        f" {'/vllm':>6} {'/vllm bf16':>10} {'/grouped':>8} {'/int8':>6}"
     )
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
@@ -213,7 +230,7 @@ def main() -> None:
         times: dict[tuple[str, int], float] = {}
 
         def measure(
-            name: str, call: Call, peers: Sequence[str], kind: str, width: int,
+            name: str, call: Call, peers: Sequence[str], kind: str, width: float,
             shape: str = shape, inputs: Any = inputs, times: Any = times,
         ) -> None:  # fmt: skip
             _, k, h, i = SHAPES[shape]
@@ -228,7 +245,7 @@ def main() -> None:
                 ratios = [us / times[p, t] if (p, t) in times else None for p in peers]
                 cells = "".join(
                     f" {'' if ratio is None else f'{ratio:.2f}':>{wide}}"
-                    for ratio, wide in zip(ratios, (6, 10, 8))
+                    for ratio, wide in zip(ratios, (6, 10, 8, 6))
                 )
                 print(
                     f"{shape:12}{t:>7} {name:30}{us:>10.1f} {read:>6.0%} {ops:>6.0%}{cells}",
@@ -252,10 +269,11 @@ def main() -> None:
             weights = quantized(scheme, e, h, i)
             codes = "int8" if scheme.weight_dtype == torch.int8 else "fp8"
             kind = codes if scheme.quantizes_activations else "bf16"
-            if not args.no_vllm:
+            if not args.no_vllm and scheme.group is None:
                 measure(f"vllm {name}", vllm_call(weights), (), kind, 1)
-            peers = (f"vllm {name}", "vllm bf16", "bf16 grouped_mm")
-            measure(name, moeq_call(weights), peers, kind, 1)
+            peers = (f"vllm {name}", "vllm bf16", "bf16 grouped_mm", _WEIGHT_ONLY)
+            width = 1 if scheme.group is None else 0.5 + 1 / scheme.group
+            measure(name, moeq_call(weights), peers, kind, width)
             del weights
         torch.cuda.empty_cache()
     if args.json:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from moeq.experts import scale_shape
+from moeq.experts import code_columns, group_shape, scale_shape
 from moeq.kernels.triton.weights import quantize_weights
 from moeq.schemes import Granularity, OnlineQuantScheme
 from moeq.span import Span
@@ -39,23 +39,34 @@ def microseconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    schemes = dict.fromkeys((s.granularity, s.weight_dtype) for s in OnlineQuantScheme)
+    schemes = {(s.granularity, s.weight_dtype): s for s in OnlineQuantScheme}.values()
     for shape in SHAPES:
         weights = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         out = torch.empty_like(weights)
         copy = 2 * weights.nbytes / microseconds(lambda w=weights, o=out: o.copy_(w)) / 1e6
         print(f"{'x'.join(map(str, shape)):16} copy {copy:.2f} TB/s", flush=True)
-        for granularity, dtype in schemes:
-            codes = torch.empty(shape, dtype=dtype, device="cuda")
-            count = math.prod(scale_shape(granularity, shape[1:]))
-            scales = torch.empty(shape[0], count, device="cuda")
-            at = [i * math.prod(shape[1:]) for i in range(shape[0])]
-            scales_at = [i * count for i in range(shape[0])]
-            given = ([Span.of(w) for w in weights], codes, scales, at, scales_at, granularity)
+        (e, n, k), spans = shape, [Span.of(w) for w in weights]
+        for scheme in schemes:
+            granularity, dtype = scheme.granularity, scheme.weight_dtype
+            codes = torch.empty(e, n, code_columns(scheme, k), dtype=dtype, device="cuda")
+            scales = torch.empty(e, math.prod(scale_shape(granularity, (n, k))), device="cuda")
+            grid = group_shape(scheme, shape)
+            groups = (
+                None
+                if grid is None
+                else torch.empty(grid, dtype=torch.float8_e4m3fn, device="cuda")
+            )
+            at, scales_at, groups_at = (
+                [] if t is None else [i * t[0].numel() for i in range(e)]
+                for t in (codes, scales, groups)
+            )
+            given = (spans, codes, scales, at, scales_at, granularity, groups, groups_at)
             us = microseconds(lambda a=given: quantize_weights(*a))
-            rate = weights.numel() * (weights.itemsize + 1) / us / 1e6
+            written = codes.nbytes + (0 if groups is None else groups.nbytes)
+            rate = (weights.nbytes + written) / us / 1e6
             again = "  (amax first)" if granularity is Granularity.TENSOR else ""
             name = f"{str(dtype).removeprefix('torch.')} {granularity.value}"
+            name = name if grid is None else "four bits per group"
             print(f"  {name:24}{us:9.1f} us {rate:6.2f} TB/s {rate / copy:5.2f}{again}", flush=True)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from moe_kernels import SHAPES, graph_us, quantized
+from moeq import int4
 from moeq.experts import ExpertWeights
 from moeq.kernels.triton import layer
 from moeq.kernels.triton.layer import Gemm
@@ -35,13 +36,19 @@ from moeq.schemes import Granularity, OnlineQuantScheme
 RANGES = (1.6, 4.5, 16, 48, 256, 1024, 1e9)
 """Upper ends, in rows per active expert."""
 
-NAMES = {"decode": "decode", "fp8": "fp8", "int8": "int8", "block": "fp8_block"}
+NAMES = {
+    "decode": "decode",
+    "groups": "decode_groups",
+    "fp8": "fp8",
+    "int8": "int8",
+    "block": "fp8_block",
+}
 """Families as moeq's table calls them."""
 
 WRONG = 0.01
 """Relative error of a product above which a candidate is broken; rounding gives 0.002."""
 
-ON = layer.Arithmetic(codes=True, fp8_bits=False, pdl=True)
+ON = layer.Arithmetic(codes=True, fp8_bits=False, pdl=True, ptx=True)
 
 
 def gemms(
@@ -72,6 +79,14 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
             64: gemms(middle, groups=(16,), tails=(0, 32)),
             128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16, 32), tails=(0, 32, 64)),
         }
+    if family == "groups":
+        low = [(64, 256, 4, 3), (128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 4, 3)]
+        low += [(128, 256, 8, 3), (256, 128, 8, 3)]
+        return {
+            16: gemms(low),
+            64: gemms([(128, 64, 4, 4), (128, 128, 4, 3)], groups=(16,), tails=(0, 32)),
+            128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16,), tails=(0, 32)),
+        }
     if family == "block":
         low = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)]
         middle = [(128, 128, 4, 3), (128, 128, 4, 4)]
@@ -100,6 +115,7 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
 
 FAMILIES = {
     "decode": OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY,
+    "groups": OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY,
     "fp8": OnlineQuantScheme.FP8_PER_CHANNEL,
     "int8": OnlineQuantScheme.INT8_PER_CHANNEL,
     "block": OnlineQuantScheme.FP8_PER_BLOCK,
@@ -167,7 +183,7 @@ def error_of(call, config: Gemm, routing, k: int, is_up: bool) -> float:
         pairs = routing.pairs[offsets[e] : offsets[e + 1]].long()
         source = pairs // k if is_up else torch.arange(offsets[e], offsets[e + 1], device="cuda")
         a = rows[source].float()
-        weight = w.codes[e].float()
+        weight = w.codes[e].float() if w.group is None else int4.decode(w.codes[e], w.group[e])
         if w.scheme.granularity is Granularity.BLOCK:
             a *= scale[source].repeat_interleave(128, 1)[:, : a.shape[1]]
             grids = w.scale[e].view(w.parts, -1, w.scale.shape[-1])
@@ -199,11 +215,12 @@ def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
         mid = torch.randn(k, i, dtype=torch.bfloat16, device="cuda")
         factors = torch.rand(1, k, device="cuda")
         a, b = (layer.quantized(v, w, ON, pdl=False) for v, w in ((x, w13), (mid, w2)))
-        columns = (128, 256, 512, 1024)
+        columns = (128, 256, 512, 1024, 2048) if w13.group is not None else (128, 256, 512, 1024)
         for is_up, rows, block_k, warps in itertools.product(
             (True, False), (1, 2, 4, 8), columns, (1, 2, 4)
         ):
-            if not 16 <= (2 if is_up else k) * rows * block_k / (32 * warps) <= 64:
+            least, most = (32, 128) if w13.group is not None else (16, 64)
+            if not least <= (2 if is_up else k) * rows * block_k / (32 * warps) <= most:
                 continue
             config = layer.Gemv(rows, block_k, warps)
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moeq.experts import scale_shape
+from moeq.experts import code_columns, group_shape, scale_shape
 from moeq.kernels import triton as backend
 from moeq.kernels.triton import gemm, gemv, layer, plans, routing, rows, weights
 from moeq.quantize import quantize_activations
@@ -29,6 +29,7 @@ from tests.kernels.layers import random_weights, route
 
 _TYPES = {
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -43,7 +44,7 @@ _LAUNCHED = {
     gemv: ("up", "down"),
     rows: ("quantize_rows", "combine"),
     routing: ("_count", "_add_up", "_place"),
-    weights: ("_rows", "_blocks", "_amax", "_encode"),
+    weights: ("_rows", "_blocks", "_amax", "_encode", "_groups"),
 }
 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
@@ -113,16 +114,19 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
         ids, factors = route(1, 2, 8)
         backend.fused_experts(torch.zeros(1, 256).bfloat16(), ids, factors, made, "silu")
         x = torch.zeros(1, 1, 256).bfloat16()
-        backend.expert_linear(x, ids, made.w13, made.w13_scale, None, None, scheme, 2)
+        backend.expert_linear(x, ids, made.w13, made.w13_scale, made.w13_group, None, scheme, 2)
         if scheme.covers("linear"):
-            backend.linear(x, made.w2[0], made.w2_scale[0], None, None, scheme)
+            group = None if made.w2_group is None else made.w2_group[0]
+            backend.linear(x, made.w2[0], made.w2_scale[0], group, None, scheme)
         if weights.knows(made.w2.device, made.w2.dtype):
             for wide in (256, 1 << 15):
-                codes = torch.empty(256, wide, dtype=scheme.weight_dtype)
+                codes = torch.empty(256, code_columns(scheme, wide), dtype=scheme.weight_dtype)
                 scales = torch.empty(scale_shape(scheme.granularity, (256, wide)))
                 matrix = torch.zeros(256, wide, dtype=torch.bfloat16)
+                grid = group_shape(scheme, (256, wide))
+                groups = None if grid is None else torch.empty(grid, dtype=torch.float8_e4m3fn)
                 weights.quantize_weights(
-                    [Span.of(matrix)], codes, scales, [0], [0], scheme.granularity
+                    [Span.of(matrix)], codes, scales, [0], [0], scheme.granularity, groups, [0]
                 )
     print(json.dumps(found))
 

@@ -16,13 +16,12 @@ import pytest
 
 from moeq.schemes import OnlineQuantScheme
 
-KNOWN = [s for s in OnlineQuantScheme if s.group is None]  # not yet four bits
 GPUS = {"A100": (80, 163 << 10), "L40S": (89, 99 << 10), "H100": (90, 227 << 10)}
 """Compute capability, and the shared memory that a block may have, in bytes (CUDA programming
 guide, technical specifications per compute capability)."""
 
 
-@pytest.mark.parametrize("scheme", KNOWN, ids=lambda scheme: scheme.value)
+@pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_compiles_and_fits(gpu: str, scheme: OnlineQuantScheme, tmp_path: Path) -> None:
     capability, limit = GPUS[gpu]

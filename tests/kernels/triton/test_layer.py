@@ -26,8 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
 ]
 
-KNOWN = [s for s in OnlineQuantScheme if s.group is None]  # not yet four bits
-EVERY_SCHEME = pytest.mark.parametrize("scheme", KNOWN, ids=lambda scheme: scheme.value)
+EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 FLOATS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -58,6 +57,7 @@ def tilings() -> list[tuple[str, dict[str, Any]]]:
 SCHEMES = {
     "decode": OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY,
     "decode_block": OnlineQuantScheme.FP8_PER_BLOCK,
+    "decode_groups": OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY,
     "fp8": OnlineQuantScheme.FP8_PER_CHANNEL,
     "int8": OnlineQuantScheme.INT8_PER_CHANNEL,
     "fp8_block": OnlineQuantScheme.FP8_PER_BLOCK,
@@ -171,8 +171,9 @@ def test_many_rows_of_blocks_that_no_descriptor_describes(n: int, k: int, misali
     actual = triton.linear(x.to(DEVICE), codes[0], w.w2_scale[0], None, None, scheme)
     assert_close(actual.cpu(), expected, scheme)
     ids = torch.zeros(257, 1, dtype=torch.long, device=DEVICE)
-    x = x[:, None].to(DEVICE)
-    actual = triton.expert_linear(x, ids, codes, w.w2_scale, None, None, scheme, 1)
+    actual = triton.expert_linear(
+        x[:, None].to(DEVICE), ids, codes, w.w2_scale, None, None, scheme, 1
+    )
     assert_close(actual[:, 0].cpu(), expected, scheme)
 
 
@@ -351,7 +352,13 @@ def test_integers_come_out_bit_for_bit(scheme: OnlineQuantScheme, t: int) -> Non
     random = random_weights(scheme, e, h, i)
 
     def small(codes: Tensor) -> Tensor:
+        if scheme.group is not None:
+            low, high = torch.randint(7, 10, (2, *codes.shape), dtype=torch.uint8)
+            return low | high << 4
         return torch.randint(-1, 2, codes.shape).to(codes.dtype)
+
+    def ones(group: Tensor | None) -> Tensor | None:
+        return None if group is None else torch.ones(group.shape).to(group.dtype)
 
     weights = replace(
         random,
@@ -359,6 +366,8 @@ def test_integers_come_out_bit_for_bit(scheme: OnlineQuantScheme, t: int) -> Non
         w2=small(random.w2),
         w13_scale=torch.ones_like(random.w13_scale),
         w2_scale=torch.ones_like(random.w2_scale),
+        w13_group=ones(random.w13_group),
+        w2_group=ones(random.w2_group),
     )
     ids, _ = route(t, 2, e)
     factors = torch.ones(t, 2)
@@ -387,15 +396,14 @@ def test_expert_linear(scheme: OnlineQuantScheme, t: int, each: bool) -> None:
     ids[0, 0] = -1
     x = torch.randn(t, 3 if each else 1, 96).bfloat16()
     moved = to_device(weights)
-    args = (x, ids, weights.w13, weights.w13_scale, None, weights.b13, scheme, 2)
-    actual = triton.expert_linear(
-        x.to(DEVICE), ids.to(DEVICE), moved.w13, moved.w13_scale, None, moved.b13, scheme, 2
-    ).cpu()
+    args = (x, ids, weights.w13, weights.w13_scale, weights.w13_group, weights.b13, scheme, 2)
+    matrices = (moved.w13, moved.w13_scale, moved.w13_group, moved.b13)
+    actual = triton.expert_linear(x.to(DEVICE), ids.to(DEVICE), *matrices, scheme, 2).cpu()
     assert bool((actual[0, 0] == 0).all())
     assert_close(actual, reference.expert_linear(*args), scheme)
 
 
-@pytest.mark.parametrize("scheme", [s for s in KNOWN if s.covers("linear")], ids=lambda s: s.value)
+@pytest.mark.parametrize("scheme", [s for s in OnlineQuantScheme if s.covers("linear")], ids=lambda s: s.value)
 @pytest.mark.parametrize("shape", [(0, 136), (1, 136), (2, 3, 136), (70, 136)])
 def test_linear(scheme: OnlineQuantScheme, shape: tuple[int, ...]) -> None:
     from moeq.kernels import triton
@@ -403,9 +411,11 @@ def test_linear(scheme: OnlineQuantScheme, shape: tuple[int, ...]) -> None:
     weights = to_device(random_weights(scheme, 1, 200, 136, bias=torch.bfloat16))
     w, scale, bias = weights.w2[0], weights.w2_scale[0], weights.b2
     assert bias is not None
+    group = None if weights.w2_group is None else weights.w2_group[0]
     x = torch.randn(shape).bfloat16()
-    actual = triton.linear(x.to(DEVICE), w, scale, None, bias[0], scheme).cpu()
-    expected = reference.linear(x, w.cpu(), scale.cpu(), None, bias[0].cpu(), scheme)
+    actual = triton.linear(x.to(DEVICE), w, scale, group, bias[0], scheme).cpu()
+    group = None if group is None else group.cpu()
+    expected = reference.linear(x, w.cpu(), scale.cpu(), group, bias[0].cpu(), scheme)
     assert actual.shape == expected.shape
     if x.numel():
         assert_close(actual, expected, scheme)
@@ -433,10 +443,11 @@ def test_real_shapes_on_a_gpu(scheme: OnlineQuantScheme, e: int, k: int, h: int,
 
 
 @needs_gpu
-def test_decoded_parts_for_very_many_rows() -> None:
+@pytest.mark.parametrize("family", ["decode", "decode_groups"])
+def test_decoded_parts_for_very_many_rows(family: str) -> None:
     from moeq.kernels.triton.layer import LibraryPath
 
-    scheme = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+    scheme = SCHEMES[family]
     weights = random_weights(scheme, 4, 512, 1280, bias=torch.bfloat16)
     ids, factors = route(900, 2, 4)
     ids[5] = torch.tensor([-1, 9])
@@ -445,6 +456,31 @@ def test_decoded_parts_for_very_many_rows() -> None:
     for scratch in (1 << 20, 4 << 20, 1 << 30):
         actual = run(x, ids, factors, weights, "silu", LibraryPath(scratch))
         assert_close(actual, expected, scheme)
+
+
+@FLOATS
+@pytest.mark.parametrize("k", [40, 136, 4160])
+def test_every_code_times_every_group_scale(dtype: torch.dtype, k: int) -> None:
+    """Products are exact, and so is a sum of one of them: x selects columns."""
+    from moeq import int4
+    from moeq.kernels import triton
+    from moeq.kernels.triton import library
+
+    scheme, n = SCHEMES["decode_groups"], 48
+    w = random_weights(scheme, 1, n, k, gated=False)
+    assert w.w2_group is not None
+    exact = int4.decode(w.w2[0], w.w2_group[0])[:, :k]
+    scale, moved = torch.ones(n), to_device(w)
+    assert moved.w2_group is not None
+    for rows in (1, 70):
+        columns = torch.randperm(k)[:rows]
+        x = torch.nn.functional.one_hot(columns, k).to(dtype)
+        operands = (moved.w2[0], scale.to(DEVICE), moved.w2_group[0], None)
+        actual = triton.linear(x.to(DEVICE), *operands, scheme).cpu()
+        assert torch.equal(actual.float(), exact.t()[columns])
+    if k % 8 == 0:
+        tile = library._decode(moved.w2, moved.w2_group, k, 1, 16, 32)
+        assert torch.equal(tile[0].cpu().float(), exact[16:])
 
 
 @needs_gpu
@@ -501,7 +537,7 @@ def test_a_cuda_graph_replays_the_same_bits(scheme: OnlineQuantScheme, t: int) -
 def test_granularities_all_have_a_family() -> None:
     from moeq.kernels.triton import plans
 
-    for scheme in KNOWN:
+    for scheme in OnlineQuantScheme:
         math = plans.arithmetic(DEVICE, scheme)
         for arithmetic in (math, replace(math, codes=False)):
             assert plans._family(scheme, arithmetic) in plans._tilings()

@@ -43,8 +43,8 @@ def fused_experts(
     if t * k * weights.num_experts == 0:
         return x.new_zeros(x.shape)
     arithmetic = plans.arithmetic(x.device, weights.scheme)
-    e, _, h = weights.w13.shape
-    shape = (t, k, e, h, weights.w2.shape[2])
+    e, h = weights.num_experts, weights.hidden_size
+    shape = (t, k, e, h, weights.intermediate_size)
     path = plans.choose(x.device, weights.scheme, x.dtype, shape)
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), _ids(topk_ids)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -80,11 +80,11 @@ def expert_linear(
     from moeq.kernels.triton.routing import route
 
     (t, k), j = topk_ids.shape, x.shape[1]
-    e, n, depth = weight.shape
+    (e, n, _), depth = weight.shape, x.shape[2]
     if t * k * e == 0:
         return x.new_zeros(t, k, n)
     arithmetic = plans.arithmetic(x.device, scheme)
-    w = layer.Projection(scheme, weight, scale, bias, parts)
+    w = layer.Projection(scheme, weight, scale, group, bias, parts, depth)
     ids = _ids(topk_ids)
     rows = x.reshape(t * j, depth).contiguous()
     path = plans.choose(x.device, scheme, x.dtype, (t, k, e, depth, n // parts), library=False)
@@ -113,17 +113,17 @@ def linear(
     bias: Tensor | None,
     scheme: OnlineQuantScheme,
 ) -> Tensor:
-    """A quantized `nn.Linear`: x [..., K], codes [N, K], bias [N] or None -> [..., N]."""
+    """A quantized `nn.Linear`: x [..., K], codes of [N, K], bias [N] or None -> [..., N]."""
     from moeq.kernels.triton import layer, plans
 
-    n, depth = weight.shape
+    n, depth = weight.shape[0], x.shape[-1]
     rows = x.reshape(-1, depth).contiguous()
     out = x.new_empty(len(rows), n)
     if len(rows) == 0:
         return out.view(*x.shape[:-1], n)
     arithmetic = plans.arithmetic(x.device, scheme)
-    one = None if bias is None else bias[None]
-    w = layer.Projection(scheme, weight[None], scale[None], one, 1)
+    groups, biases = (None if tensor is None else tensor[None] for tensor in (group, bias))
+    w = layer.Projection(scheme, weight[None], scale[None], groups, biases, 1, depth)
     path = plans.choose(x.device, scheme, x.dtype, (len(rows), 1, 1, depth, n), library=False)
     with torch.cuda.device_of(x):
         a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)

@@ -13,7 +13,8 @@ How codes meet rows (`MATH`):
                in int32, exactly. fp8 accumulates with about 14 bits inside the tensor core; PROMOTE
                adds every BLOCK_K products to an fp32 accumulator instead.
     "decode"   codes become the dtype of the rows (exactly: int8 and e4m3 fit into bf16 and fp16)
-               and the scale is applied to the result.
+               and the scale is applied to the result. Codes of four bits (GROUPS, `moeq.int4`) are
+               multiplied by the scale of their group on the way, which is exact, too.
 
 Scales of blocks are applied once per 128 columns, as one factor per row of the accumulator and
 projection. SWAP computes the transposed product, so that few rows fill the narrow side of the
@@ -28,7 +29,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moeq.kernels.triton.rows import BLOCK
+from moeq.kernels.triton.rows import BLOCK, GROUP
+
+
+def _unpack(magic: str, start: str, *finish: str) -> str:
+    """PTX for four bytes in $4 to four pairs. PRMT brings the halves of a byte to the low ends of
+    16 bits each; `magic` makes numbers of them, 128 + 8 + code in bf16, 1024 + 8 + code in fp16."""
+    lines = [".reg .b32 high, minus, zero;", "shr.u32 high, $4, 4;", start]
+    for byte in range(4):
+        lines += [
+            f"prmt.b32 ${byte}, $4, high, 0x0{byte + 4}0{byte};",
+            f"lop3.b32 ${byte}, ${byte}, 0x000F000F, {magic}, 0xEA;",
+            *(line.replace("$pair", f"${byte}") for line in finish),
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+# 136 times a group scale has few enough bits for bf16, so one operation subtracts and multiplies
+_UNPACK_BF16 = tl.constexpr(
+    _unpack(
+        "0x43004300",
+        "mov.b32 minus, 0xC308C308; mov.b32 zero, 0x80008000;"
+        " fma.rn.bf16x2 minus, $5, minus, zero;",
+        "fma.rn.bf16x2 $pair, $pair, $5, minus;",
+    )
+)
+# 1032 times one may be too large for fp16
+_UNPACK_FP16 = tl.constexpr(
+    _unpack(
+        "0x64006400",
+        "mov.b32 minus, 0xE408E408;",
+        "add.rn.f16x2 $pair, $pair, minus;",
+        "mul.rn.f16x2 $pair, $pair, $5;",
+    )
+)
+
+
+@triton.jit
+def decode_groups(codes, group, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Bytes [N, K / 2] of codes and e4m3 bits [N, K / 32] of group scales -> their products [N, K]
+    in fp16 or bf16, exactly. PTX: with half the instructions."""
+    COUNT: tl.constexpr = group.shape[1]
+    codes = tl.reshape(codes, (codes.shape[0], COUNT, GROUP // 2))
+    wide = group.to(tl.int8, bitcast=True).to(tl.int16)
+    if dtype == tl.float16:
+        bits = (((wide << 7) & -16512) + 8192).to(tl.uint16, bitcast=True)
+    else:
+        bits = (((wide << 4) & -30736) + 15360).to(tl.uint16, bitcast=True)
+    if PTX:
+        scale = bits.to(tl.uint32)
+        pairs = tl.inline_asm_elementwise(
+            _UNPACK_FP16 if dtype == tl.float16 else _UNPACK_BF16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [codes, (scale | (scale << 16))[:, :, None]],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=4,
+        )
+        low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
+        value = tl.join(low, high).to(dtype, bitcast=True)
+    else:
+        value = tl.join(codes & 15, codes >> 4).to(tl.float32) - 8.0
+        value = (value * bits.to(dtype, bitcast=True).to(tl.float32)[:, :, None, None]).to(dtype)
+    return tl.reshape(value, (codes.shape[0], COUNT * GROUP))
 
 
 @triton.jit
@@ -84,6 +147,7 @@ def grouped_gemm(
     x_scale,
     w,
     w_scale,
+    w_group,
     bias,
     out,
     pairs,
@@ -102,6 +166,9 @@ def grouped_gemm(
     SCALES: tl.constexpr,
     MATH: tl.constexpr,
     FP8_BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COUNT_BY: tl.constexpr,
+    PTX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -119,7 +186,8 @@ def grouped_gemm(
 
     X_ROWS, OUT_ROWS: which rows of x and of out belong to sorted rows, see `_rows_of`. ACT ""
     applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N]. HALVES: see `_block_tile`; w is a
-    tensor descriptor of [E * PARTS * N, K].
+    tensor descriptor of [E * PARTS * N, K]. GROUPS: w has bytes [E, PARTS * N, packed(K)], and
+    w_group e4m3 bits [E, PARTS * N, groups(K)], a multiple of COUNT_BY.
     """
     COLS: tl.constexpr = BLOCK_N // PARTS
     num_n = tl.cdiv(N, COLS)
@@ -154,9 +222,9 @@ def grouped_gemm(
             )  # fmt: skip
         else:
             _tile(
-                x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
-                TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, HAS_BIAS, EVEN_K,
-                TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+                x, x_scale, w, w_scale, w_group, bias, out, pairs, expert, start, stop, n, N, K,
+                TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, GROUPS, COUNT_BY, PTX,
+                HAS_BIAS, EVEN_K, TAIL_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
             )  # fmt: skip
     elif HALVES:
         _block_tile(
@@ -166,9 +234,9 @@ def grouped_gemm(
         )  # fmt: skip
     else:
         _tile(
-            x, x_scale, w, w_scale, bias, out, pairs, expert, start, stop, n, N, K,
-            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, HAS_BIAS, EVEN_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
+            x, x_scale, w, w_scale, w_group, bias, out, pairs, expert, start, stop, n, N, K,
+            TOP_K, X_ROWS, OUT_ROWS, PARTS, ACT, SCALES, MATH, FP8_BITS, GROUPS, COUNT_BY, PTX,
+            HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, STAGES,
         )  # fmt: skip
 
 
@@ -178,6 +246,7 @@ def _tile(
     x_scale,
     w,
     w_scale,
+    w_group,
     bias,
     out,
     pairs,
@@ -195,6 +264,9 @@ def _tile(
     SCALES: tl.constexpr,
     MATH: tl.constexpr,
     FP8_BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COUNT_BY: tl.constexpr,
+    PTX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -216,11 +288,16 @@ def _tile(
     w_row = part * N + col
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
+    WIDTH: tl.constexpr = BLOCK_K // 2 if GROUPS else BLOCK_K  # of a tile of weights, in bytes
+    # Only what is aligned is copied asynchronously
+    count = tl.multiple_of((K + (GROUP - 1)) // GROUP, COUNT_BY)
+    row_bytes = count * (GROUP // 2) if GROUPS else K
+    byte = tl.arange(0, WIDTH)
     w_ptrs = (
         w
-        + (tl.zeros((), tl.int64) + PARTS * N) * K * expert
-        + w_row.to(tl.int64)[:, None] * K
-        + k[None, :]
+        + (tl.zeros((), tl.int64) + PARTS * N) * row_bytes * expert
+        + w_row.to(tl.int64)[:, None] * row_bytes
+        + byte[None, :]
     )
 
     if SCALES == "block":
@@ -238,6 +315,20 @@ def _tile(
         else:
             x_factor = tl.full((BLOCK_M,), 1.0, tl.float32)
 
+    if GROUPS:
+        g = tl.arange(0, BLOCK_K // GROUP)
+        group_ptrs = (
+            w_group
+            + (tl.zeros((), tl.int64) + PARTS * N) * count * expert
+            + w_row.to(tl.int64)[:, None] * count
+            + g[None, :]
+        )
+        # Of low tiles the compiler keeps decoded weights in registers if it sees all loads in the
+        # loop; those of high ones go through shared memory, and scales are better asked for early.
+        AHEAD: tl.constexpr = BLOCK_M >= 64
+        if AHEAD:
+            next_group = tl.load(group_ptrs, mask=(g < count)[None, :], other=0.0)
+
     INTEGER: tl.constexpr = MATH == "codes" and w.dtype.element_ty == tl.int8
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
@@ -249,8 +340,21 @@ def _tile(
             wk = tl.load(w_ptrs)
         else:
             xk = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
-            wk = tl.load(w_ptrs, mask=k[None, :] < K - k0, other=0.0)
-        if MATH == "decode":
+            wk = tl.load(
+                w_ptrs, mask=byte[None, :] < row_bytes - k0 // (BLOCK_K // WIDTH), other=0.0
+            )
+        if GROUPS:
+            if AHEAD:
+                group = next_group
+                after = g[None, :] < count - (k0 + BLOCK_K) // GROUP
+                next_group = tl.load(group_ptrs + BLOCK_K // GROUP, mask=after, other=0.0)
+            elif EVEN_K:
+                group = tl.load(group_ptrs)
+            else:
+                group = tl.load(group_ptrs, mask=g[None, :] < count - k0 // GROUP, other=0.0)
+            group_ptrs += BLOCK_K // GROUP
+            wk = decode_groups(wk, group, x.dtype.element_ty, PTX)
+        elif MATH == "decode":
             wk = decode_codes(wk, x.dtype.element_ty, FP8_BITS)
         if SWAP:
             left, right = wk, tl.trans(xk)
@@ -285,7 +389,7 @@ def _tile(
         else:
             acc = tl.dot(left, right, acc)
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
+        w_ptrs += WIDTH
 
     result = acc.to(tl.float32)
     if SWAP:

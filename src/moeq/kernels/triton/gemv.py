@@ -10,6 +10,10 @@ before the previous kernel has ended (PDL: programmatic dependent launch): they 
 
 Products are exact in fp32 (int32 for int8 x int8) and accumulated there, one partial sum for every
 column of a block, so nothing depends on the shape of a tile but the order of additions.
+
+Codes of four bits (GROUPS, `moeq.int4`) come as words of eight. A code becomes four bits in the
+mantissa of a number between 1 and 2, one operation each, and what that is more than the code is
+taken off once a word, for all rows of the weight: it depends on the activations alone.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ import triton
 import triton.language as tl
 
 from moeq.kernels.triton.gemm import activate, decode_codes
-from moeq.kernels.triton.rows import BLOCK
+from moeq.kernels.triton.rows import BLOCK, GROUP
+
+_EIGHT = tl.constexpr(8)
+"""Codes in a word."""
 
 
 @triton.jit
@@ -45,12 +52,57 @@ def _by_block(x, factor):
 
 
 @triton.jit
+def _columns(x):
+    """x fp32 [S, K] as the columns of words, [S, K / 8] each, and what a word is to start with.
+    Those of even columns are 16 times as large, their codes lie 4 bits lower."""
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // _EIGHT, 2, 2, 2))  # from the right: bit 0, 1, 2
+    even, odd = tl.split(x)
+    even *= 16.0
+    even, even2 = tl.split(even)
+    odd, odd2 = tl.split(odd)
+    x0, x4 = tl.split(even)
+    x2, x6 = tl.split(even2)
+    x1, x5 = tl.split(odd)
+    x3, x7 = tl.split(odd2)
+    start = (x0 + x2 + x4 + x6) * -1.03125 + (x1 + x3 + x5 + x7) * -1.5
+    return start, x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _mantissa(bits, MASK: tl.constexpr):
+    """1 and a fraction of these bits."""
+    return ((bits & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _word_sums(words, group, start, x0, x1, x2, x3, x4, x5, x6, x7):
+    """Eight code * x / 16 of every word, added up and multiplied by its group scale (e4m3 bits)."""
+    LOW: tl.constexpr = 0x00078000
+    HIGH: tl.constexpr = 0x00780000
+    bits = words << 15
+    total = tl.fma(_mantissa(bits, LOW), x0, start)
+    total = tl.fma(_mantissa(bits, HIGH), x1, total)
+    bits = words << 7
+    total = tl.fma(_mantissa(bits, LOW), x2, total)
+    total = tl.fma(_mantissa(bits, HIGH), x3, total)
+    bits = words >> 1
+    total = tl.fma(_mantissa(bits, LOW), x4, total)
+    total = tl.fma(_mantissa(bits, HIGH), x5, total)
+    bits = words >> 9
+    total = tl.fma(_mantissa(bits, LOW), x6, total)
+    total = tl.fma(_mantissa(bits, HIGH), x7, total)
+    scale = ((group.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -2014314496) + 1006632960
+    return total * scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def up(
     x,
     x_scale,
     ids,
     w,
     w_scale,
+    w_group,
     bias,
     out,
     E,
@@ -64,6 +116,7 @@ def up(
     SCALES: tl.constexpr,
     MATH: tl.constexpr,
     FP8_BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,20 +146,38 @@ def up(
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64) * K + k
+    WIDTH: tl.constexpr = BLOCK_K // _EIGHT if GROUPS else BLOCK_K  # of a tile, in elements of w
+    count = tl.cdiv(K, GROUP)
+    length = count * (GROUP // _EIGHT) if GROUPS else K
+    j = tl.arange(0, WIDTH)
     w_ptrs = (
         w
-        + (tl.zeros((), tl.int64) + PARTS * N) * K * expert
-        + row.to(tl.int64)[:, None] * K
-        + k[None, :]
+        + (tl.zeros((), tl.int64) + PARTS * N) * length * expert
+        + row.to(tl.int64)[:, None] * length
+        + j[None, :]
     )
-    up_at = (tl.zeros((), tl.int64) + N) * K
-    acc = tl.zeros((ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
+    if GROUPS:
+        w_ptrs = tl.multiple_of(tl.max_contiguous(w_ptrs, (1, 2)), (4, 4))
+    up_at = (tl.zeros((), tl.int64) + N) * length
+    acc = tl.zeros((ROWS, WIDTH), tl.int32 if INTEGER else tl.float32)
     acc_up = acc
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
-    codes = tl.load(w_ptrs, mask=(k < K)[None, :], other=0.0)
+    codes = tl.load(w_ptrs, mask=(j < length)[None, :], other=0.0)
     if PARTS == 2:
-        up_codes = tl.load(w_ptrs + up_at, mask=(k < K)[None, :], other=0.0)
+        up_codes = tl.load(w_ptrs + up_at, mask=(j < length)[None, :], other=0.0)
+    if GROUPS:
+        g_ptrs = (
+            w_group
+            + (tl.zeros((), tl.int64) + PARTS * N) * count * expert
+            + row.to(tl.int64)[:, None] * count
+            + (j // (GROUP // _EIGHT))[None, :]
+        )
+        g_ptrs = tl.multiple_of(tl.max_contiguous(g_ptrs, (1, 2)), (1, 1))
+        group_up_at = (tl.zeros((), tl.int64) + N) * count
+        group = tl.load(g_ptrs, mask=(j < length)[None, :], other=0.0)
+        if PARTS == 2:
+            up_group = tl.load(g_ptrs + group_up_at, mask=(j < length)[None, :], other=0.0)
     if WAIT:
         tl.extra.cuda.gdc_wait()
     for k0 in range(0, K, BLOCK_K):
@@ -124,18 +195,30 @@ def up(
                 line += grid_n
                 factor = tl.load(w_scale + line * grid_k + b, mask=b < grid_k, other=0.0)
                 acc_up += _values(up_codes, FP8_BITS, INTEGER) * _by_block(xk, factor)[None, :]
+        elif GROUPS:
+            start, x0, x1, x2, x3, x4, x5, x6, x7 = _columns(xk[None, :])
+            acc += _word_sums(codes, group, start, x0, x1, x2, x3, x4, x5, x6, x7)
+            if PARTS == 2:
+                acc_up += _word_sums(up_codes, up_group, start, x0, x1, x2, x3, x4, x5, x6, x7)
         else:
             acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
             if PARTS == 2:
                 acc_up += _values(up_codes, FP8_BITS, INTEGER) * xk[None, :]
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        after = (k < K - k0 - BLOCK_K)[None, :]
+        w_ptrs += WIDTH
+        after = (j < length - k0 // (BLOCK_K // WIDTH) - WIDTH)[None, :]
         codes = tl.load(w_ptrs, mask=after, other=0.0)
         if PARTS == 2:
             up_codes = tl.load(w_ptrs + up_at, mask=after, other=0.0)
+        if GROUPS:
+            g_ptrs += BLOCK_K // GROUP
+            group = tl.load(g_ptrs, mask=after, other=0.0)
+            if PARTS == 2:
+                up_group = tl.load(g_ptrs + group_up_at, mask=after, other=0.0)
 
     x_factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
+    if GROUPS:
+        x_factor = 16.0
     base = expert * (PARTS * N)
     gate = tl.sum(acc, 1).to(tl.float32) * x_factor
     up_ = tl.sum(acc_up, 1).to(tl.float32) * x_factor
@@ -170,6 +253,7 @@ def down(
     topk_weights,
     w,
     w_scale,
+    w_group,
     bias,
     out,
     E,
@@ -180,6 +264,7 @@ def down(
     SCALES: tl.constexpr,
     MATH: tl.constexpr,
     FP8_BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -198,14 +283,28 @@ def down(
     expert = tl.where(local, found, 0).to(tl.int32)
     pair = token * TOP_K + tl.minimum(slot, TOP_K - 1)
     k = tl.arange(0, BLOCK_K)
-    w_lines = expert.to(tl.int64)[:, None] * N * K + row.to(tl.int64)[None, :] * K
-    w_ptrs = w + w_lines[:, :, None] + k[None, None, :]
+    WIDTH: tl.constexpr = BLOCK_K // _EIGHT if GROUPS else BLOCK_K  # of a tile, in elements of w
+    count = tl.cdiv(K, GROUP)
+    length = count * (GROUP // _EIGHT) if GROUPS else K
+    j = tl.arange(0, WIDTH)
+    if GROUPS:  # [ROWS, SLOTS, WIDTH], so that a thread has the same columns of several rows
+        lines = expert.to(tl.int64)[None, :] * N + row.to(tl.int64)[:, None]
+        w_ptrs = w + lines[:, :, None] * length + j[None, None, :]
+        w_ptrs = tl.multiple_of(tl.max_contiguous(w_ptrs, (1, 2, 4)), (4, 4, 4))
+        g_ptrs = w_group + lines[:, :, None] * count + (j // (GROUP // _EIGHT))[None, None, :]
+        g_ptrs = tl.multiple_of(tl.max_contiguous(g_ptrs, (1, 2, 4)), (1, 1, 1))
+        acc = tl.zeros((ROWS, SLOTS, WIDTH), tl.float32)
+        present = local[None, :, None] & (j < length)[None, None, :]
+        group = tl.load(g_ptrs, mask=present, other=0.0)
+    else:
+        w_lines = expert.to(tl.int64)[:, None] * N * K + row.to(tl.int64)[None, :] * K
+        w_ptrs = w + w_lines[:, :, None] + k[None, None, :]
+        acc = tl.zeros((SLOTS, ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
+        present = local[:, None, None] & (k < K)[None, None, :]
     h_ptrs = h + pair.to(tl.int64)[:, None] * K + k[None, :]
     grid_n = tl.cdiv(N, BLOCK)
     grid_k = tl.cdiv(K, BLOCK)
-    acc = tl.zeros((SLOTS, ROWS, BLOCK_K), tl.int32 if INTEGER else tl.float32)
-    first = local[:, None] & (k < K)[None, :]
-    codes = tl.load(w_ptrs, mask=first[:, None, :], other=0.0)
+    codes = tl.load(w_ptrs, mask=present, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for k0 in range(0, K, BLOCK_K):
@@ -219,13 +318,26 @@ def down(
                 h_line = h_scale + pair[:, None] * grid_k
                 factor *= tl.load(h_line + b, mask=b < grid_k, other=0.0)
             hk = _by_block(hk, factor)
-        acc += _values(codes, FP8_BITS, INTEGER) * hk[:, None, :]
-        w_ptrs += BLOCK_K
+        if GROUPS:
+            start, x0, x1, x2, x3, x4, x5, x6, x7 = _columns(hk)
+            acc += _word_sums(
+                codes, group, start[None], x0[None], x1[None], x2[None], x3[None], x4[None],
+                x5[None], x6[None], x7[None],
+            )  # fmt: skip
+            g_ptrs += BLOCK_K // GROUP
+            left = length - (k0 + BLOCK_K) // _EIGHT
+            after = local[None, :, None] & (j < left)[None, None, :]
+            group = tl.load(g_ptrs, mask=after, other=0.0)
+        else:
+            acc += _values(codes, FP8_BITS, INTEGER) * hk[:, None, :]
+            after = local[:, None, None] & (k < K - k0 - BLOCK_K)[None, None, :]
+        w_ptrs += WIDTH
         h_ptrs += BLOCK_K
-        after = local[:, None] & (k < K - k0 - BLOCK_K)[None, :]
-        codes = tl.load(w_ptrs, mask=after[:, None, :], other=0.0)
+        codes = tl.load(w_ptrs, mask=after, other=0.0)
 
     y = tl.sum(acc, 2).to(tl.float32)
+    if GROUPS:
+        y = tl.trans(y) * 16.0
     if SCALES != "block" and MATH == "codes":
         y *= tl.load(h_scale + pair)[:, None]
     if SCALES == "tensor":

@@ -14,6 +14,7 @@ while its predecessor drains, and waits before it reads what that wrote.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moeq import int4
 from moeq.experts import ExpertWeights, blocks
 from moeq.kernels.triton import gemm, gemv, library, rows
 from moeq.kernels.triton.routing import Routing, route
@@ -87,28 +89,32 @@ Path = GemvPath | GemmPath | LibraryPath
 
 
 class Projection(NamedTuple):
-    """One product's weights: codes [E, parts * N, K], scale, bias, as in `ExpertWeights`."""
+    """One product's weights: codes of [E, parts * N, K], scales, bias, as in `ExpertWeights`."""
 
     scheme: OnlineQuantScheme
     codes: Tensor
     scale: Tensor
+    group: Tensor | None
     bias: Tensor | None
     parts: int
+    k: int
 
     @property
     def n(self) -> int:
         return self.codes.shape[1] // self.parts
 
-    @property
-    def k(self) -> int:
-        return self.codes.shape[2]
-
 
 def projections(weights: ExpertWeights) -> tuple[Projection, Projection]:
     """(w13, w2) of a layer."""
-    scheme = weights.scheme
-    w13 = Projection(scheme, weights.w13, weights.w13_scale, weights.b13, weights.parts)
-    return w13, Projection(scheme, weights.w2, weights.w2_scale, weights.b2, 1)
+    w13 = Projection(
+        weights.scheme, weights.w13, weights.w13_scale, weights.w13_group, weights.b13,
+        weights.parts, weights.hidden_size,
+    )  # fmt: skip
+    w2 = Projection(
+        weights.scheme, weights.w2, weights.w2_scale, weights.w2_group, weights.b2,
+        1, weights.intermediate_size,
+    )  # fmt: skip
+    return w13, w2
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,13 @@ class Arithmetic:
         codes: multiply codes by quantized activations; else decode codes to the rows' dtype.
         fp8_bits: codes are e4m3, which the GPU does not know: they are taken apart by hand.
         pdl: kernels may overlap.
+        ptx: kernels may hold PTX, which Triton's interpreter does not know.
     """
 
     codes: bool
     fp8_bits: bool
     pdl: bool
+    ptx: bool
 
 
 def fused_experts(
@@ -185,7 +193,7 @@ def run_gemm(
 ) -> None:
     """One `gemm.grouped_gemm`; `out` is written where there are rows. Without a routing all rows
     belong to the one expert there is."""
-    codes, w_scale, bias = _operands(w, arithmetic)
+    codes, w_scale, group, bias = _operands(w, arithmetic)
     if config.halves and (w.k % _ALIGNMENT or codes.data_ptr() % _ALIGNMENT):
         config = replace(config, halves=False, block_n=128)  # no tensor descriptor for these
     cols = config.block_n // w.parts
@@ -203,6 +211,7 @@ def run_gemm(
         x if x_scale is None else x_scale,
         codes,
         w_scale,
+        group,
         bias,
         out,
         *tables,
@@ -216,6 +225,8 @@ def run_gemm(
         PARTS=w.parts,
         ACT=activation,
         **_constants(w, x_scale, arithmetic),
+        COUNT_BY=math.gcd(int4.groups(w.k), 16),
+        PTX=arithmetic.ptx,
         EVEN_K=w.k % config.block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -249,11 +260,13 @@ def gemv_up(
     ids all rows belong to the one expert there is."""
     pairs = out.shape[0]
     pdl = pdl and arithmetic.pdl
+    codes, *operands = _operands(w, arithmetic)
     gemv.up[(triton.cdiv(w.n, config.rows), pairs)](
         x,
         x if x_scale is None else x_scale,
         x if topk_ids is None else topk_ids,
-        *_operands(w, arithmetic),
+        _words(codes, w),
+        *operands,
         out,
         w.codes.shape[0],
         w.n,
@@ -285,12 +298,14 @@ def gemv_down(
 ) -> None:
     """One `gemv.down`: h [P, K] -> out [T, N]."""
     t, k = topk_ids.shape
+    codes, *operands = _operands(w, arithmetic)
     gemv.down[(triton.cdiv(w.n, config.rows), t)](
         h,
         h if h_scale is None else h_scale,
         topk_ids,
         topk_weights,
-        *_operands(w, arithmetic),
+        _words(codes, w),
+        *operands,
         out,
         w.codes.shape[0],
         w.n,
@@ -334,12 +349,19 @@ def quantized(
     return quantize_rows(x, w.scheme, trigger=arithmetic.pdl, pdl=pdl and arithmetic.pdl)
 
 
-def _operands(w: Projection, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and bias as kernels take them; what is absent is some tensor, never read."""
-    for tensor in (w.codes, w.scale, w.bias):
+def _operands(w: Projection, arithmetic: Arithmetic) -> tuple[Tensor, ...]:
+    """Codes, scale, group scales and bias as kernels take them; what is absent is some tensor,
+    never read."""
+    for tensor in (w.codes, w.scale, w.group, w.bias):
         assert tensor is None or tensor.is_contiguous(), tensor.stride()
     codes = w.codes.view(torch.int8) if arithmetic.fp8_bits else w.codes
-    return codes, w.scale, w.scale if w.bias is None else w.bias
+    group = w.scale if w.group is None else w.group.view(torch.uint8)
+    return codes, w.scale, group, w.scale if w.bias is None else w.bias
+
+
+def _words(codes: Tensor, w: Projection) -> Tensor:
+    """Codes of four bits by eight, as `gemv` takes them."""
+    return codes if w.group is None else codes.view(torch.int32)
 
 
 def _constants(w: Projection, row_scale: Tensor | None, arithmetic: Arithmetic) -> dict[str, Any]:
@@ -348,5 +370,6 @@ def _constants(w: Projection, row_scale: Tensor | None, arithmetic: Arithmetic) 
         "SCALES": _SCALES[w.scheme.granularity],
         "MATH": "decode" if row_scale is None else "codes",
         "FP8_BITS": arithmetic.fp8_bits,
+        "GROUPS": w.group is not None,
         "HAS_BIAS": w.bias is not None,
     }

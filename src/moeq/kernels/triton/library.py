@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moeq.experts import ExpertWeights
-from moeq.kernels.triton.gemm import activate
+from moeq.kernels.triton.gemm import activate, decode_groups
 from moeq.kernels.triton.routing import route
-from moeq.kernels.triton.rows import combine_rows
+from moeq.kernels.triton.rows import GROUP, combine_rows
 
 _ALIGN = 128
 """Rows of a part are a multiple of it."""
@@ -34,7 +34,7 @@ def fused_experts(
     activation: str,
     scratch: int,
 ) -> Tensor:
-    """One MoE layer; int8 codes with a scale per row, x bf16 [T, H], T * k > 0.
+    """One MoE layer; codes of eight or four bits with a scale per row, x bf16 [T, H], T * k > 0.
 
     Args:
         x: [T, H].
@@ -45,7 +45,7 @@ def fused_experts(
         scratch: bytes of decoded weights held at a time.
     """
     (t, h), k = x.shape, topk_ids.shape[1]
-    e, parts, i = weights.num_experts, weights.parts, weights.w2.shape[2]
+    e, parts, i = weights.num_experts, weights.parts, weights.intermediate_size
     p = t * k
     routing = route(topk_ids, e, _ALIGN)
     ends = routing.offsets[1:]
@@ -58,7 +58,7 @@ def fused_experts(
     step = _part(scratch, e, parts * h, i)
     for first in range(0, i, step):
         width = min(step, i - first)
-        tile = _decode(weights.w13, parts, first, width)
+        tile = _decode(weights.w13, weights.w13_group, h, parts, first, width)
         product = torch._grouped_mm(rows, tile.transpose(1, 2), offs=ends)
         activate_rows[(p, triton.cdiv(width, 2048))](
             product, weights.w13_scale, weights.w13_scale if weights.b13 is None else weights.b13,
@@ -69,7 +69,7 @@ def fused_experts(
     out = torch.empty_like(x)
     step = _part(scratch, e, i, h)
     for first in range(0, h, step):
-        tile = _decode(weights.w2, 1, first, min(step, h - first))
+        tile = _decode(weights.w2, weights.w2_group, i, 1, first, min(step, h - first))
         product = torch._grouped_mm(mid, tile.transpose(1, 2), offs=ends)
         combine_rows(
             product, topk_ids, topk_weights, out, e,
@@ -85,14 +85,24 @@ def _part(scratch: int, num_experts: int, depth: int, rows: int) -> int:
     return min(rows, -(-part // _ALIGN) * _ALIGN)
 
 
-def _decode(codes: Tensor, parts: int, first: int, width: int) -> Tensor:
-    """int8 [E, parts * N, K] -> bf16 [E, parts * width, K]: rows first.. of every projection."""
-    e, rows, k = codes.shape
+def _decode(
+    codes: Tensor, group: Tensor | None, k: int, parts: int, first: int, width: int
+) -> Tensor:
+    """Codes of [E, parts * N, K] -> bf16 [E, parts * width, K]: rows first.. of every projection,
+    times their group scales where they have some."""
+    e, rows, _ = codes.shape
     out = torch.empty(e, parts * width, k, dtype=torch.bfloat16, device=codes.device)
-    wide = min(4096, triton.next_power_of_2(k))
-    decode_rows[(parts * width, triton.cdiv(k, wide), e)](
-        codes, out, first, width, rows // parts, k, PARTS=parts, WIDE=wide, num_warps=4
-    )
+    wide = min(4096, max(128, triton.next_power_of_2(k)))
+    grid = (parts * width, triton.cdiv(k, wide), e)
+    if group is None:
+        decode_rows[grid](
+            codes, out, first, width, rows // parts, k, PARTS=parts, WIDE=wide, num_warps=4
+        )
+    else:
+        decode_group_rows[grid](
+            codes, group.view(torch.uint8), out, first, width, rows // parts, k,
+            PARTS=parts, WIDE=wide, PTX=codes.is_cuda, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -157,3 +167,23 @@ def decode_rows(w, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.conste
     source = e * (PARTS * N) + (r // WIDTH) * N + FIRST + r % WIDTH
     codes = tl.load(w + source * K + k, mask=k < K, other=0)
     tl.store(out + (e * (PARTS * WIDTH) + r) * K + k, codes.to(tl.bfloat16), mask=k < K)
+
+
+@triton.jit
+def decode_group_rows(
+    w, group, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.constexpr, PTX: tl.constexpr
+):
+    """w: bytes of [E, PARTS * N, K], group: e4m3 bits -> out bf16 [E, PARTS * WIDTH, K]."""
+    r = tl.program_id(0)
+    e = tl.program_id(2).to(tl.int64)
+    source = e * (PARTS * N) + (r // WIDTH) * N + FIRST + r % WIDTH
+    count = tl.cdiv(K, GROUP)
+    g = tl.program_id(1) * (WIDE // GROUP) + tl.arange(0, WIDE // GROUP)[None, :]
+    byte = tl.program_id(1) * (WIDE // 2) + tl.arange(0, WIDE // 2)[None, :]
+    codes = tl.load(
+        w + source * (count * (GROUP // 2)) + byte, mask=byte < count * (GROUP // 2), other=0
+    )
+    scale = tl.load(group + source * count + g, mask=g < count, other=0)
+    k = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
+    value = decode_groups(codes, scale, tl.bfloat16, PTX)
+    tl.store(out + (e * (PARTS * WIDTH) + r) * K + k, value, mask=k < K)

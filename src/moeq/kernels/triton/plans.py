@@ -76,6 +76,7 @@ def arithmetic(device: torch.device, scheme: OnlineQuantScheme) -> Arithmetic:
         codes=scheme.quantizes_activations and (has_fp8 or not is_fp8),
         fp8_bits=is_fp8 and not has_fp8,
         pdl=capability >= _PDL_CAPABILITY,
+        ptx=gpu(device) is not INTERPRETER,
     )
 
 
@@ -122,14 +123,14 @@ def choose(
         return LibraryPath(part["scratch"])
     entry = next(row for row in table["gemm"] if rows <= row["rows"])
     limit = gpu(device).shared_memory
-    sizes = _sizes(math, dtype)
+    sizes = _sizes(scheme, math, dtype)
     up, down = (
         fitted(Gemm(**entry[name]), entry["block_m"], sizes, limit) for name in ("up", "down")
     )
     return GemmPath(entry["block_m"], up, down)
 
 
-def fitted(config: Gemm, block_m: int, sizes: tuple[int, int], limit: int) -> Gemm:
+def fitted(config: Gemm, block_m: int, sizes: tuple[float, float], limit: int) -> Gemm:
     """The tiling itself, or one with fewer stages, then fewer columns, that fits into `limit` bytes
     of shared memory. `sizes`: bytes of an element of the rows and of the weight."""
     while shared_memory(config, block_m, sizes) > limit:
@@ -142,17 +143,17 @@ def fitted(config: Gemm, block_m: int, sizes: tuple[int, int], limit: int) -> Ge
     return config
 
 
-def shared_memory(config: Gemm, block_m: int, sizes: tuple[int, int]) -> int:
+def shared_memory(config: Gemm, block_m: int, sizes: tuple[float, float]) -> int:
     """Bytes of shared memory that a tiling takes: its stages, and the decoded weight tile."""
     rows, codes = sizes
     stage = config.block_k * (block_m * rows + config.block_n * codes)
     decoded = config.block_k * config.block_n * rows if rows > codes else 0
-    return config.stages * stage + decoded
+    return int(config.stages * stage + decoded)
 
 
 def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torch.dtype) -> int:
     """Bytes of shared memory below which some number of tokens has no tiling."""
-    sizes = _sizes(math, dtype)
+    sizes = _sizes(scheme, math, dtype)
     return max(
         shared_memory(
             fitted(Gemm(**entry[name]), entry["block_m"], sizes, 0), entry["block_m"], sizes
@@ -162,14 +163,16 @@ def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torc
     )
 
 
-def _sizes(math: Arithmetic, dtype: torch.dtype) -> tuple[int, int]:
+def _sizes(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes of an element of the rows, and of the weight, as a product loads them."""
-    return (1 if math.codes else dtype.itemsize), 1
+    return (1 if math.codes else dtype.itemsize), (1 if scheme.group is None else 0.5)
 
 
 def _family(scheme: OnlineQuantScheme, math: Arithmetic) -> str:
     """How codes meet rows."""
     by_block = scheme.granularity is Granularity.BLOCK
+    if scheme.group is not None:
+        return "decode_groups"
     if not math.codes:
         return "decode_block" if by_block else "decode"
     if scheme.weight_dtype == torch.int8:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = tl.constexpr(128)
+GROUP = tl.constexpr(32)
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)
 SCALE_MIN = tl.constexpr(1.1754943508222875e-38)
