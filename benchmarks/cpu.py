@@ -5,7 +5,8 @@
 One run, all peers, their repetitions interleaved, so that a noisy moment hits all alike:
 
     transformers bf16         experts with grouped_mm, and eager
-    moeq                      int8 weight-only experts; int8 experts and linears; fp8 the same
+    moeq                      int8 weight-only experts; int8 experts and linears; fp8 the same;
+                              four-bit experts and linears
     llama.cpp                 BF16 and Q8_0, where --llama-python names an interpreter that can
                               import llama_cpp and gguf
 
@@ -47,6 +48,7 @@ PROMPT = 128
 GROUPED, EAGER = "transformers bf16 grouped_mm", "transformers bf16 eager"
 WEIGHT_ONLY, INT8 = "moeq int8_per_channel_weight_only", "moeq int8_per_channel"
 FP8 = "moeq fp8_per_channel"
+INT4 = "moeq int4_per_group_weight_only"
 LLAMA = {"BF16": "llama.cpp BF16", "Q8_0": "llama.cpp Q8_0"}
 
 TARGETS: list[tuple[str, str, str, Callable[[float], bool], str]] = [
@@ -54,6 +56,7 @@ TARGETS: list[tuple[str, str, str, Callable[[float], bool], str]] = [
     (WEIGHT_ONLY, "prefill", "bf16", lambda ratio: ratio >= 0.8, ">= 0.8x the speed"),
     (INT8, "decode", LLAMA["Q8_0"], lambda ratio: ratio <= 1.1, "<= 1.1x the time"),
     (INT8, "prefill", "bf16", lambda ratio: ratio >= 1.0, ">= 1.0x the speed"),
+    (INT4, "decode", WEIGHT_ONLY, lambda ratio: ratio < 1.0, "< 1.0x the time"),
 ]
 """Who, at what, against whom ("bf16": the better of transformers' two), and what is wanted."""
 
@@ -173,7 +176,7 @@ def make_peers(folder: Path, llama_python: str | None) -> dict[str, Peer]:
         GROUPED: TransformersPeer(bf16, "grouped_mm"),
         EAGER: TransformersPeer(bf16, "eager"),
     }
-    for name in (WEIGHT_ONLY, INT8, FP8):
+    for name in (WEIGHT_ONLY, INT8, FP8, INT4):
         say(f"loading {name}")
         peers[name] = TransformersPeer(moeq.load(checkpoint, name.split()[1]))
     if llama_python is None:

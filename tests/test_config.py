@@ -15,7 +15,11 @@ from moeq.methods.fp8 import (
     Fp8PerChannelOnlineMoEMethod,
     Fp8PerTensorOnlineMoEMethod,
 )
-from moeq.methods.integers import Int8OnlineMoEMethod, Int8W8A8OnlineMoEMethod
+from moeq.methods.integers import (
+    Int4OnlineMoEMethod,
+    Int8OnlineMoEMethod,
+    Int8W8A8OnlineMoEMethod,
+)
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import OnlineQuantScheme, _warn_alias
 
@@ -27,6 +31,7 @@ QKV = "model.layers.3.self_attn.q_proj"
 MOE_METHODS = {
     "int8_per_channel_weight_only": Int8OnlineMoEMethod,
     "int8_per_channel": Int8W8A8OnlineMoEMethod,
+    "int4_per_group_weight_only": Int4OnlineMoEMethod,
     "fp8_per_tensor": Fp8PerTensorOnlineMoEMethod,
     "fp8_per_channel": Fp8PerChannelOnlineMoEMethod,
     "fp8_per_block": Fp8PerBlockOnlineMoEMethod,
@@ -80,6 +85,10 @@ def test_the_old_name_configures_experts_only() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what is saved carries the new name
         assert Config.from_dict(config.to_dict()).moe is config.moe
+
+
+def test_every_scheme_has_a_method_for_experts() -> None:
+    assert sorted(MOE_METHODS) == sorted(scheme.value for scheme in OnlineQuantScheme)
 
 
 @pytest.mark.parametrize("name", MOE_METHODS)

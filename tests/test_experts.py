@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from moeq.experts import ExpertWeights, blocks, scale_shape
+from moeq.experts import ExpertWeights, blocks, code_columns, group_shape, scale_shape
 from moeq.schemes import Granularity, OnlineQuantScheme
 
 E, I, H = 3, 130, 260  # noqa: E741
+INT4 = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
 
 
 @pytest.mark.parametrize(
@@ -40,15 +41,40 @@ def test_scale_shape(
     assert scale_shape(granularity, shape, parts) == expected
 
 
+@pytest.mark.parametrize(
+    ("k", "columns", "count"),
+    [(0, 0, 0), (1, 16, 1), (31, 16, 1), (32, 16, 1), (33, 32, 2), (64, 32, 2), (140, 80, 5)],
+)
+def test_rows_of_four_bits_are_filled_up_to_whole_groups(k: int, columns: int, count: int) -> None:
+    assert code_columns(INT4, k) == columns
+    assert group_shape(INT4, (3, 7, k)) == (3, 7, count)
+    for scheme in OnlineQuantScheme:
+        if scheme is not INT4:
+            assert code_columns(scheme, k) == k
+            assert group_shape(scheme, (3, 7, k)) is None
+
+
 def fields(scheme: OnlineQuantScheme, parts: int = 2) -> dict[str, Any]:
     """Arguments of an `ExpertWeights` with biases, on the meta device."""
     w13_shape, w2_shape = (E, parts * I, H), (E, H, I)
     device = torch.device("meta")
+
+    def codes(n: int, k: int) -> torch.Tensor:
+        columns = code_columns(scheme, k)
+        return torch.empty((E, n, columns), dtype=scheme.weight_dtype, device=device)
+
+    def groups(*shape: int) -> torch.Tensor | None:
+        found = group_shape(scheme, shape)
+        return found and torch.empty(found, dtype=torch.float8_e4m3fn, device=device)
+
     return {
         "scheme": scheme,
-        "w13": torch.empty(w13_shape, dtype=scheme.weight_dtype, device=device),
+        "parts": parts,
+        "w13": codes(parts * I, H),
         "w13_scale": torch.empty(scale_shape(scheme.granularity, w13_shape, parts), device=device),
-        "w2": torch.empty(w2_shape, dtype=scheme.weight_dtype, device=device),
+        "w13_group": groups(*w13_shape),
+        "w2": codes(H, I),
+        "w2_group": groups(*w2_shape),
         "w2_scale": torch.empty(scale_shape(scheme.granularity, w2_shape), device=device),
         "b13": torch.empty(E, parts * I, dtype=torch.bfloat16, device=device),
         "b2": torch.empty(E, H, dtype=torch.bfloat16, device=device),
@@ -60,6 +86,7 @@ def fields(scheme: OnlineQuantScheme, parts: int = 2) -> dict[str, Any]:
 def test_expert_weights_know_what_they_hold(scheme: OnlineQuantScheme, parts: int) -> None:
     weights = ExpertWeights(**fields(scheme, parts))
     assert (weights.num_experts, weights.parts, weights.is_gated) == (E, parts, parts == 2)
+    assert (weights.hidden_size, weights.intermediate_size) == (H, I)
     without = ExpertWeights(**fields(scheme, parts) | {"b13": None, "b2": None})
     assert (without.b13, without.b2) == (None, None)
 
@@ -83,3 +110,35 @@ def test_expert_weights_know_what_they_hold(scheme: OnlineQuantScheme, parts: in
 def test_expert_weights_refuse_what_does_not_fit(name: str, wrong: torch.Tensor) -> None:
     with pytest.raises(AssertionError):
         ExpertWeights(**fields(OnlineQuantScheme.INT8_PER_CHANNEL) | {name: wrong})
+
+
+def groups(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("parts", 1),
+        ("w13", groups(E, 2 * I, H // 2, dtype=torch.uint8)),  # not filled up
+        ("w13", groups(E, 2 * I, 144, dtype=torch.int8)),
+        ("w2", groups(E, H, I, dtype=torch.uint8)),  # a byte for each
+        ("w13_group", None),
+        ("w2_group", None),
+        ("w13_group", groups(E, 2 * I, 8)),  # of whole groups alone
+        ("w13_group", groups(E, 2 * I, 9, dtype=torch.uint8)),
+        ("w2_group", groups(E, H, 5, dtype=torch.float32)),
+        ("w2_group", groups(E + 1, H, 5)),
+    ],
+)
+def test_expert_weights_refuse_groups_that_do_not_fit(
+    name: str, wrong: torch.Tensor | int | None
+) -> None:
+    with pytest.raises(AssertionError):
+        ExpertWeights(**fields(INT4) | {name: wrong})
+
+
+def test_only_four_bits_have_groups() -> None:
+    bytes_each = fields(OnlineQuantScheme.INT8_PER_CHANNEL)
+    with pytest.raises(AssertionError):
+        ExpertWeights(**bytes_each | {"w13_group": groups(E, 2 * I, 9)})

@@ -20,6 +20,7 @@ LAYERS = (
     "memory",
     "schemes",
     "span",
+    "int4",
     "experts",
     "quantize",
     "kernels",

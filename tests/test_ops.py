@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq import ops
-from moeq.experts import scale_shape
+from moeq.experts import code_columns, group_shape, scale_shape
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import OnlineQuantScheme
 from tests.methods.moe import arrive, checkpoint, created, routing
@@ -18,6 +18,7 @@ from tests.methods.moe import arrive, checkpoint, created, routing
 EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", "cpu"])
 ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+INT4 = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
 T, H, I, E = 3, 20, 12, 4  # noqa: E741
 
 
@@ -29,10 +30,17 @@ def forgetful_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def codes(scheme: OnlineQuantScheme, *shape: int, parts: int = 1) -> tuple[Tensor, Tensor]:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def codes(
+    scheme: OnlineQuantScheme, *shape: int, parts: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((*shape[:-1], code_columns(scheme, shape[-1])), generator=generator)
     scale = torch.full(scale_shape(scheme.granularity, shape, parts), 0.01)
-    return weight.mul(30).clamp(-127, 127).to(scheme.weight_dtype), scale
+    grouped = group_shape(scheme, shape)
+    if grouped is None:
+        return weight.mul(30).clamp(-127, 127).to(scheme.weight_dtype), scale, None
+    group = torch.randint(8, 127, grouped, generator=generator, dtype=torch.uint8)
+    return weight.mul(40).add(128).clamp(0, 255).byte(), scale, group.view(torch.float8_e4m3fn)
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -43,8 +51,10 @@ def fused_arguments(
     scheme: OnlineQuantScheme, backend: str, x: Tensor, *, has_bias: bool = True
 ) -> tuple[Any, ...]:
     b13, b2 = (rows(E, 2 * I), rows(E, H)) if has_bias else (None, None)
-    weights = (*codes(scheme, E, 2 * I, H, parts=2), *codes(scheme, E, H, I))
-    return (x, *routing(x.shape[0], E), *weights, b13, b2, scheme.value, "silu", backend)
+    w13, w13_scale, w13_group = codes(scheme, E, 2 * I, H, parts=2)
+    w2, w2_scale, w2_group = codes(scheme, E, H, I)
+    weights = (w13, w13_scale, w2, w2_scale, b13, b2, w13_group, w2_group, 2)
+    return (x, *routing(x.shape[0], E), *weights, scheme.value, "silu", backend)
 
 
 def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
@@ -114,10 +124,10 @@ def double_gate(h13: Tensor) -> Tensor:
 class Layer(nn.Module):
     """What an engine makes of a method: a module whose forward is `apply`."""
 
-    def __init__(self, backend: str, *, own_gate: bool) -> None:
+    def __init__(self, backend: str, *, own_gate: bool, scheme: OnlineQuantScheme = ONE) -> None:
         super().__init__()
         model = checkpoint(E, H, I, has_bias=True)
-        self.method, layer = created(model, ONE, backend=backend)
+        self.method, layer = created(model, scheme, backend=backend)
         arrive(self.method, layer, model)
         how: dict[str, Any] = {"gate": double_gate} if own_gate else {"activation": "silu"}
         self.method.process_weights_after_loading(layer, **how)
@@ -131,10 +141,11 @@ class Layer(nn.Module):
 @EVERY_BACKEND
 @pytest.mark.parametrize("own_gate", [False, True])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("scheme", [ONE, INT4], ids=lambda scheme: scheme.value)
 def test_a_moe_layer_compiles_without_a_graph_break(
-    compiler: str, own_gate: bool, backend: str
+    compiler: str, own_gate: bool, backend: str, scheme: OnlineQuantScheme
 ) -> None:
-    layer = Layer(backend, own_gate=own_gate)
+    layer = Layer(backend, own_gate=own_gate, scheme=scheme)
     compiled = torch.compile(layer, backend=compiler, fullgraph=True)
     with torch.inference_mode():
         for tokens in (5, 7, 2):  # the number of tokens becomes dynamic
@@ -156,11 +167,11 @@ def test_one_graph_serves_any_number_of_tokens(backend: str) -> None:
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_a_linear_compiles_without_a_graph_break(compiler: str, backend: str) -> None:
-    method, layer = (
-        OnlineLinearMethod(OnlineQuantScheme.FP8_PER_BLOCK, backend=backend),
-        nn.Module(),
-    )
+@pytest.mark.parametrize("scheme", [OnlineQuantScheme.FP8_PER_BLOCK, INT4], ids=str)
+def test_a_linear_compiles_without_a_graph_break(
+    compiler: str, backend: str, scheme: OnlineQuantScheme
+) -> None:
+    method, layer = OnlineLinearMethod(scheme, backend=backend), nn.Module()
     method.create_weights(layer, in_features=H, out_features=I, dtype=torch.bfloat16)
     method.load(layer, rows(I, H), "w", torch.device("cpu"))
     method.process_weights_after_loading(layer)

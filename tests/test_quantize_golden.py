@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from moeq.quantize import amax, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
-from tests import e4m3
+from tests import e4m3, int4
+from tests.quantized import quantized as quantized_by_moeq
 
 TINY = [[1.0, -0.5, 0.25, 3.0], [0.0, -7.0, 1.75, 0.875]]
 
@@ -19,21 +19,31 @@ FP8_BY_ROW = [[0x71, 0xE9, 0x61, 0x7E], [0x00, 0xFE, 0x6E, 0x66]]
 # everything times 64, exactly: 64, -32, 16, 192
 FP8_AS_ONE = [[0x68, 0xE0, 0x58, 0x74], [0x00, 0xFE, 0x6E, 0x66]]
 
+# Row 0: 3 is 1.5 * 2^10 of 2^-9, and -8 of -192 (0xF4: s 1, e 14, m 4). 512, -256 and 128 are -3, 1
+# and -1 of that, 64 off each; -208 leaves 80 and 96 of the first two, -176 128 of the first, -224
+# 96 of the last, and others. Row 1: -7 is -8 times 224 (0x76), and the others are multiples too.
+# Codes + 8, the even column low: 5 9, 7 0; 8 0, 10 9; then 8 8 where nothing is.
+INT4_BY_ROW = [[0x95, 0x07] + [0x88] * 14, [0x08, 0x9A] + [0x88] * 14]
+INT4_GROUPS = [[0xF4], [0x76]]
+
 GOLDEN = {
     "int8_per_channel_weight_only": (INT8_BY_ROW, [3 / 127, 7 / 127]),
     "int8_per_channel": (INT8_BY_ROW, [3 / 127, 7 / 127]),
     "fp8_per_channel": (FP8_BY_ROW, [3 / 448, 7 / 448]),
     "fp8_per_tensor": (FP8_AS_ONE, 7 / 448),
     "fp8_per_block": (FP8_AS_ONE, [[7 / 448]]),
+    "int4_per_group_weight_only": (INT4_BY_ROW, [2.0**-9, 2.0**-8]),
 }
 
 
-def quantized(weight: torch.Tensor, scheme: OnlineQuantScheme) -> tuple[np.ndarray, np.ndarray]:
-    """Codes as bytes, and scales."""
-    scale = scale_from_amax(amax(weight, scheme.granularity), scheme.weight_dtype)
-    codes = quantize(weight, scale, scheme.weight_dtype, scheme.granularity)
+def quantized(
+    weight: torch.Tensor, scheme: OnlineQuantScheme
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Codes as bytes, scales, and bytes of scales of groups."""
+    codes, scale, group = quantized_by_moeq(weight, scheme)
     assert codes.dtype == scheme.weight_dtype
-    return codes.view(torch.uint8).numpy(), scale.numpy()
+    bits = None if group is None else group.view(torch.uint8).numpy()
+    return codes.view(torch.uint8).numpy(), scale.numpy(), bits
 
 
 def test_the_golden_bytes_cover_every_scheme() -> None:
@@ -43,16 +53,20 @@ def test_the_golden_bytes_cover_every_scheme() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_tiny_matrix_has_exactly_these_bytes(name: str, dtype: torch.dtype) -> None:
-    codes, scale = quantized(torch.tensor(TINY, dtype=dtype), OnlineQuantScheme(name))
+    scheme = OnlineQuantScheme(name)
+    codes, scale, group = quantized(torch.tensor(TINY, dtype=dtype), scheme)
     want_codes, want_scale = GOLDEN[name]
     np.testing.assert_array_equal(codes, np.array(want_codes).astype(np.int16).astype(np.uint8))
     # a/q in fp64 rounded to fp32 is a/q in fp32: both operands are exact.
     np.testing.assert_array_equal(scale, np.array(want_scale).astype(np.float32), strict=True)
+    assert (group is None) is (scheme.group is None)
+    if group is not None:
+        assert group.tolist() == INT4_GROUPS
 
 
 def test_int8_rounds_ties_to_even() -> None:
     weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
-    codes, scale = quantized(weight, OnlineQuantScheme.INT8_PER_CHANNEL)
+    codes, scale, _ = quantized(weight, OnlineQuantScheme.INT8_PER_CHANNEL)
     assert scale.tolist() == [1.0]
     assert codes.view(np.int8).tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
 
@@ -60,14 +74,19 @@ def test_int8_rounds_ties_to_even() -> None:
 def test_fp8_rounds_ties_to_even_down_to_its_subnormals() -> None:
     least = 2.0**-9
     weight = [448.0, 17.0, 19.0, -17.0, 0.5 * least, 1.5 * least, 2.5 * least, least, 432.0]
-    codes, scale = quantized(torch.tensor([weight]), OnlineQuantScheme.FP8_PER_CHANNEL)
+    codes, scale, _ = quantized(torch.tensor([weight]), OnlineQuantScheme.FP8_PER_CHANNEL)
     assert scale.tolist() == [1.0]
     #          448   16 of 16|18   20    -16        0         2 * least  2 * least
     assert codes[0].tolist() == [0x7E, 0x58, 0x5A, 0xD8, 0x00, 0x02, 0x02, 0x01, 0x7E]
 
 
-def by_hand(weight: np.ndarray, scheme: OnlineQuantScheme) -> tuple[np.ndarray, np.ndarray]:
+def by_hand(
+    weight: np.ndarray, scheme: OnlineQuantScheme
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """What `quantized` gives for one matrix: group by group, in numpy's fp32."""
+    if scheme.group is not None:
+        codes, groups, scales = int4.encode(weight)
+        return codes, scales, groups
     int8 = scheme.weight_dtype == torch.int8
     qmax = np.float32(127 if int8 else 448)
     n, k = weight.shape
@@ -90,8 +109,9 @@ def by_hand(weight: np.ndarray, scheme: OnlineQuantScheme) -> tuple[np.ndarray, 
             codes[here] = e4m3.encode(quotient)
         scales[i, j] = scale
     if scheme.granularity is Granularity.BLOCK:
-        return codes, scales
-    return codes, scales[:, 0] if scheme.granularity is Granularity.CHANNEL else scales[0, 0]
+        return codes, scales, None
+    one = scales[:, 0] if scheme.granularity is Granularity.CHANNEL else scales[0, 0]
+    return codes, one, None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -108,9 +128,11 @@ def test_random_matrices_have_the_bytes_of_numpy(
     if dtype != torch.float16:
         weight[2, 3] *= 2.0**-120  # subnormal in the others
     stored = weight.clamp(-6e4, 6e4).to(dtype)
-    codes, scale = quantized(stored, scheme)
+    codes, scale, groups = quantized(stored, scheme)
     for expert in range(3):
-        want_codes, want_scale = by_hand(stored[expert].double().numpy(), scheme)
+        want_codes, want_scale, want_groups = by_hand(stored[expert].double().numpy(), scheme)
+        if groups is not None:
+            np.testing.assert_array_equal(groups[expert], want_groups)
         np.testing.assert_array_equal(codes[expert], want_codes)
         np.testing.assert_array_equal(scale[expert], want_scale)
 

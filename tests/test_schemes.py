@@ -9,16 +9,25 @@ import pytest
 import torch
 
 from moeq.errors import UnknownSchemeError
-from moeq.schemes import ALIASES, BLOCK, LAYER_KINDS, Granularity, OnlineQuantScheme, _warn_alias
+from moeq.schemes import (
+    ALIASES,
+    BLOCK,
+    GROUP,
+    LAYER_KINDS,
+    Granularity,
+    OnlineQuantScheme,
+    _warn_alias,
+)
 
-INT8, FP8 = torch.int8, torch.float8_e4m3fn
+INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, torch.uint8
 
 TABLE = {
-    "int8_per_channel_weight_only": (INT8, Granularity.CHANNEL, False, ("moe",)),
-    "fp8_per_tensor": (FP8, Granularity.TENSOR, True, ("moe", "linear")),
-    "fp8_per_channel": (FP8, Granularity.CHANNEL, True, ("moe", "linear")),
-    "fp8_per_block": (FP8, Granularity.BLOCK, True, ("moe", "linear")),
-    "int8_per_channel": (INT8, Granularity.CHANNEL, True, ("moe", "linear")),
+    "int8_per_channel_weight_only": (INT8, Granularity.CHANNEL, False, ("moe",), None),
+    "fp8_per_tensor": (FP8, Granularity.TENSOR, True, ("moe", "linear"), None),
+    "fp8_per_channel": (FP8, Granularity.CHANNEL, True, ("moe", "linear"), None),
+    "fp8_per_block": (FP8, Granularity.BLOCK, True, ("moe", "linear"), None),
+    "int8_per_channel": (INT8, Granularity.CHANNEL, True, ("moe", "linear"), None),
+    "int4_per_group_weight_only": (INT4, Granularity.CHANNEL, False, ("moe", "linear"), 32),
 }
 
 
@@ -33,7 +42,7 @@ def forgetful_alias() -> Iterator[None]:
 def test_these_are_all_the_schemes_in_this_order() -> None:
     assert [scheme.value for scheme in OnlineQuantScheme] == list(TABLE)
     assert LAYER_KINDS == ("moe", "linear")
-    assert BLOCK == 128
+    assert (BLOCK, GROUP) == (128, 32)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -44,6 +53,7 @@ def test_a_scheme_means_what_the_table_says(name: str) -> None:
         scheme.granularity,
         scheme.quantizes_activations,
         tuple(kind for kind in LAYER_KINDS if scheme.covers(kind)),
+        scheme.group,
     )
     assert found == TABLE[name]
 
@@ -62,6 +72,8 @@ def test_parse_takes_names_and_schemes(name: str) -> None:
         ("fp8_block", "fp8_per_block"),
         ("FP8_PER_TENSOR".lower().replace("_", "-"), "fp8_per_tensor"),
         ("int8_weight_only", "int8_per_channel_weight_only"),
+        ("int4_weight_only", "int4_per_group_weight_only"),
+        ("int4", "int4_per_group_weight_only"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(wrong: str, meant: str) -> None:

@@ -10,7 +10,8 @@ gate and up interleaved), weights are stored as
     w2  [E, H, I]    down
 
 with codes contiguous along K, so that a kernel has one case to be fast for. Codes of four bits lie
-two to a byte, in rows of `code_columns` bytes.
+two to a byte, in rows of `code_columns` bytes; on a CPU they can also be arranged for its kernels
+(`moeq.kernels.cpu_int4`), which shows in their dtype.
 """
 
 from __future__ import annotations
@@ -94,14 +95,15 @@ class ExpertWeights:
             ("w13", self.w13, self.w13_scale, self.w13_group, (e, n, h), self.parts),
             ("w2", self.w2, self.w2_scale, self.w2_group, (e, h, i), 1),
         ):
-            assert weight.dtype == scheme.weight_dtype, (name, weight.dtype)
-            found = (*shape[:2], code_columns(scheme, shape[2]))
+            arranged = scheme.group is not None and weight.dtype == torch.int32
+            assert arranged or weight.dtype == scheme.weight_dtype, (name, weight.dtype)
+            found = (*shape[:2], code_columns(scheme, shape[2]) // (4 if arranged else 1))
             assert tuple(weight.shape) == found, (name, weight.shape, found)
             want = scale_shape(scheme.granularity, shape, parts)
             assert tuple(scale.shape) == want, (name, scale.shape, want)
             assert scale.dtype == torch.float32, (name, scale.dtype)
             assert scale.device == weight.device, (name, scale.device, weight.device)
-            groups = None if group is None else tuple(group.shape)
+            groups = None if group is None else tuple((group.mT if arranged else group).shape)
             assert groups == group_shape(scheme, shape), (name, groups)
             assert group is None or group.dtype == torch.float8_e4m3fn, (name, group.dtype)
         assert self.b13 is None or self.b13.shape == (e, n), self.b13.shape

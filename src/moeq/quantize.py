@@ -38,9 +38,9 @@ WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_MIN = torch.finfo(torch.float32).tiny
 """2^-126, the smallest normal fp32: below it a quotient loses bits or overflows."""
 
-LARGEST = torch.finfo(torch.bfloat16).max
-"""3.39e38. Above it a weight is Inf once it acts in bf16, and its code times its scale can be so in
-fp32 too; no such weight was ever trained."""
+LARGEST = torch.finfo(torch.bfloat16).max / 2
+"""1.69e38. Of what is above, a code times its scale can be Inf, in bf16 or already in fp32: four
+bits make of 2^127 or more a -8 under scales of 2^117 and 256. No such weight was ever trained."""
 
 _CHUNK = {"cpu": 1 << 18}
 """Elements worked on at a time, by device type, in whole rows or rows of blocks: on a CPU, what a

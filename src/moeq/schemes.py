@@ -73,6 +73,7 @@ class OnlineQuantScheme(enum.Enum):
         except ValueError:
             known = [scheme.value for scheme in cls]
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            near = near or [other for other in known if name and other.startswith(str(name))]
             raise UnknownSchemeError(
                 f"unknown quantization scheme {name!r}",
                 hint=(f"did you mean {near[0]!r}? " if near else "") + "known: " + ", ".join(known),

@@ -16,6 +16,7 @@ from tests.cli.test_cli import moeq as run
 from moeq import OnlineQuantizationConfig, load
 from moeq.embedded import model_folder
 from moeq.fidelity.page import render
+from moeq.schemes import OnlineQuantScheme
 
 MODEL = str(model_folder())
 INT8 = "int8_per_channel_weight_only"
@@ -118,7 +119,7 @@ def test_writes_through_links_and_over_no_device(tmp_path: Path) -> None:
 def test_refinements_hold_for_every_scheme_and_for_auto() -> None:
     result = json_of("eval", MODEL, "--linear", "none", "--ignore", "*.0.mlp.experts",
                      "--tokens", "512")  # fmt: skip
-    assert len(result["schemes"]) == 5
+    assert len(result["schemes"]) == len(OnlineQuantScheme)
     assert {len(scheme["layers"]) for scheme in result["schemes"]} == {4}
     found = json_of("plan", MODEL, "-q", "auto", "--memory", "25MB", "--ignore", "*.0.mlp.experts")
     assert "model.layers.0.mlp.experts" not in found["chosen"]["layers"]

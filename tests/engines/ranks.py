@@ -36,16 +36,21 @@ from tests.engines.published import FP8_BLOCKS, MXFP4, fp8_blocks
 from tests.engines.tools import assert_same_state, bits
 
 RANKS = 2
-SCHEMES = ("int8_per_channel_weight_only", "fp8_per_tensor")
+SCHEMES = ("int8_per_channel_weight_only", "fp8_per_tensor", "int4_per_group_weight_only")
 QWEN, GPT_OSS = BY_NAME["qwen3_moe"], BY_NAME["gpt_oss"]
 """A tensor per expert, and a plan that splits attention too; all experts in one tensor, with biases
 and a gate of their own."""
 
-WEIGHT_ONLY, FP8 = SCHEMES
+WEIGHT_ONLY, FP8, INT4 = SCHEMES
 
 BY_EXPERT: dict[str, Any] = {"tp_size": RANKS, "ep_size": RANKS}
 BY_CHANNEL: dict[str, Any] = {"tp_size": RANKS}
-WAYS = ((WEIGHT_ONLY, BY_EXPERT), (FP8, BY_EXPERT), (WEIGHT_ONLY, BY_CHANNEL))
+WAYS = (
+    (WEIGHT_ONLY, BY_EXPERT),
+    (FP8, BY_EXPERT),
+    (INT4, BY_EXPERT),
+    (WEIGHT_ONLY, BY_CHANNEL),
+)
 """Which scheme, and how ranks share its experts."""
 
 WHOLE_HEAD = {"lm_head": "replicate"}
@@ -80,6 +85,15 @@ def make_folders(folder: Path) -> None:
     for name, odd in ("odd_experts", "num_experts"), ("odd_channels", "moe_intermediate_size"):
         config = transformers.Qwen3MoeConfig.from_pretrained(folder / "qwen3_moe", **{odd: 7})
         QWEN.model_class(config).to(torch.bfloat16).save_pretrained(folder / name)
+    for name, seed in ("groups", 2), ("new_groups", 3):
+        torch.manual_seed(seed)
+        config = transformers.Qwen3MoeConfig.from_pretrained(
+            folder / "qwen3_moe", moe_intermediate_size=128
+        )
+        model = QWEN.model_class(config)
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.1
+        model.to(torch.bfloat16).save_pretrained(folder / name)
     MXFP4.write(folder / "mxfp4")
     FP8_BLOCKS.write(folder / "fp8")
     dataclasses.replace(FP8_BLOCKS, architecture=QWEN, encode=_of_experts).write(folder / "experts")
@@ -147,7 +161,8 @@ def share_of(parameter: str, tensor: Tensor, way: dict[str, Any]) -> Tensor:
         return tensor.chunk(RANKS)[rank()]
     if parameter.startswith("w13"):
         return torch.cat([part.chunk(RANKS, 1)[rank()] for part in tensor.chunk(2, 1)], 1)
-    return tensor.chunk(RANKS, 2)[rank()] if parameter == "w2_codes" else tensor
+    in_columns = parameter in ("w2_codes", "w2_group_scale")
+    return tensor.chunk(RANKS, 2)[rank()] if in_columns else tensor
 
 
 @contextlib.contextmanager
@@ -327,6 +342,32 @@ def a_saved_checkpoint_is_split_too(folder: Path) -> None:
         assert report_of(again).coverage == 1.0
         online = report_of(load(folder / "qwen3_moe", moe=scheme, **way))
         assert report_of(again).total_bytes_after == online.total_bytes_after
+
+
+@check
+def channels_in_whole_groups(folder: Path) -> None:
+    """64 of 128 channels are two groups of a row of down; 72 of 144 are two and a quarter."""
+    whole = load_alone(folder / "groups", moe=INT4)
+    split = load(folder / "groups", moe=INT4, **BY_CHANNEL)
+    assert split.get_submodule(QWEN.experts[0]).w2_codes.shape == (8, 160, 32)
+    assert_share(split, whole, BY_CHANNEL)
+    with torch.no_grad():
+        assert_same_logits(split, whole)
+    if rank() == 0:
+        moeq.save(whole, folder / "saved-groups")
+    torch.distributed.barrier()
+    again = moeq.load(
+        folder / "saved-groups",
+        dtype=torch.float32,
+        distributed_config=DistributedConfig(**BY_CHANNEL),
+    )
+    assert_share(again, whole, BY_CHANNEL)
+    assert report_of(again).total_bytes_after == report_of(split).total_bytes_after
+    (file,) = (folder / "new_groups").glob("*.safetensors")
+    moeq.refresh(split, load_file(file).items())
+    assert_share(split, load_alone(folder / "new_groups", moe=INT4), BY_CHANNEL)
+    with nothing_allocated(), pytest.raises(ModelError, match="of 144 divide 32 weights of a row"):
+        load(folder / "qwen3_moe", moe=INT4, **BY_CHANNEL)
 
 
 @check

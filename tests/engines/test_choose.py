@@ -97,7 +97,7 @@ def test_room_is_used() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "message"),
-    [(5_000_000, "nothing fits: the least .* needs 9.* there is 5.0 MB"),
+    [(5_000_000, "nothing fits: the least .* needs 6.* there is 5.0 MB"),
      (40_000_000, "the unquantized model fits")],
 )  # fmt: skip
 def test_when_there_is_nothing_to_choose(memory: int, message: str) -> None:

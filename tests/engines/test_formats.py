@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: sch
 
 MIXTRAL = BY_NAME["mixtral"]
 """Its projections are called w1, w2 and w3."""
+
+INT4 = "int4_per_group_weight_only"
+
+
+def with_whole_groups(architecture: Architecture) -> Architecture:
+    """Rows of 32 and 64 weights, which the format asks for where groups share a scale."""
+    sizes = {name: 64 for name in architecture.arguments if name.endswith("intermediate_size")}
+    return replace(architecture, arguments=architecture.arguments | sizes)
 
 
 def exported(source: Path, out: Path, config: Any, **options: Any) -> dict[str, Tensor]:
@@ -74,21 +83,13 @@ def expected(source: Path, config: Any, names: tuple[str, str, str]) -> dict[str
         method = getattr(module, "_moeq_method", None)
         if method is None:
             continue
-        granularity = method.scheme.granularity
         if hasattr(module, "weight_codes"):
-            found[layer] = dequantize(
-                module.weight_codes, module.weight_scale, granularity, dtype=torch.float32
-            )
+            found[layer] = method.dequantized(module, torch.float32)
             continue
         for expert in range(len(module.w2_codes)):
-            halves = module.w13_codes[expert].chunk(2), module.w13_scale[expert].chunk(2)
-            for name, codes, scale in (
-                (names[0], halves[0][0], halves[1][0]),
-                (names[1], halves[0][1], halves[1][1]),
-                (names[2], module.w2_codes[expert], module.w2_scale[expert]),
-            ):
-                key = f"{layer}.{expert}.{name}"
-                found[key] = dequantize(codes, scale, granularity, dtype=torch.float32)
+            w13, w2 = method.dequantized(module, expert)
+            for name, weight in zip(names, (*w13.chunk(2), w2), strict=True):
+                found[f"{layer}.{expert}.{name}"] = weight
     return found
 
 
@@ -100,19 +101,20 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @EVERY_SCHEME
 def test_another_library_reads_the_weights_that_moeq_has(
-    scheme: OnlineQuantScheme, qwen: Path, tmp_path: Path
+    scheme: OnlineQuantScheme, save: Callable[[Architecture], Path], tmp_path: Path
 ) -> None:
+    source = save(QWEN if scheme.group is None else with_whole_groups(QWEN))
     config = OnlineQuantizationConfig(scheme)  # linears too, where the scheme covers them
-    tensors = exported(qwen, tmp_path / "out", config)
+    tensors = exported(source, tmp_path / "out", config)
     names = ("gate_proj", "up_proj", "down_proj")
-    assert_same(decompressed(tmp_path / "out", tensors), expected(qwen, config, names))
+    assert_same(decompressed(tmp_path / "out", tensors), expected(source, config, names))
 
 
 @EVERY_SCHEME
 def test_names_of_projections_are_those_of_the_checkpoint(
     scheme: OnlineQuantScheme, save: Callable[[Architecture], Path], tmp_path: Path
 ) -> None:
-    source = save(MIXTRAL)
+    source = save(MIXTRAL if scheme.group is None else with_whole_groups(MIXTRAL))
     tensors = exported(source, tmp_path / "out", OnlineQuantizationConfig(moe=scheme))
     (file,) = source.glob("*.safetensors")
     before = load_file(file)
@@ -130,7 +132,9 @@ def test_names_of_projections_are_those_of_the_checkpoint(
     found = decompressed(tmp_path / "out", tensors)
     for name, weight in found.items():
         source_weight = before[f"{name}.weight"].float()
-        step = source_weight.abs().amax() / (127 if scheme.weight_dtype == torch.int8 else 16)
+        # Of four bits the largest of one sign can be clipped by two steps
+        steps = {torch.int8: 127, torch.uint8: 4}.get(scheme.weight_dtype, 16)
+        step = source_weight.abs().amax() / steps
         assert bool(((weight - source_weight).abs() <= step).all())
 
 
@@ -157,6 +161,47 @@ def test_weight_only_codes_are_packed_with_their_shape(qwen: Path, tmp_path: Pat
     assert group["weights"]["group_size"] == -1
 
 
+def test_codes_of_four_bits_have_a_scale_for_each_group(
+    save: Callable[[Architecture], Path], tmp_path: Path
+) -> None:
+    source = save(with_whole_groups(QWEN))
+    config = OnlineQuantizationConfig(INT4)
+    tensors = exported(source, tmp_path / "out", config)
+    model = moeq.load(source, config)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+    assert tensors[f"{name}.weight_shape"].tolist() == [32, 64]
+    assert (packed.dtype, packed.shape) == (torch.int32, (32, 8))
+    assert torch.equal(packed.view(torch.uint8), experts.w2_codes[1])  # nothing is repacked
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (32, 2))
+    exact = experts.w2_group_scale[1].float() * experts.w2_scale[1][:, None]
+    assert torch.equal(scale.float(), exact)
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["format"] == "pack-quantized"
+    (group,) = quantization["config_groups"].values()
+    assert group["weights"] == {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+    }
+    assert group["input_activations"] is None
+
+
+def test_shards_of_four_bits(save: Callable[[Architecture], Path], tmp_path: Path) -> None:
+    source = save(with_whole_groups(QWEN))
+    config = OnlineQuantizationConfig(moe=INT4)
+    whole = exported(source, tmp_path / "one", config)
+    parts = exported(source, tmp_path / "many", config, shard_bytes=8_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert parts.keys() == whole.keys()
+    for name, tensor in parts.items():
+        assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
+
+
 @pytest.mark.parametrize(
     ("architecture", "config", "message"),
     [
@@ -168,6 +213,13 @@ def test_weight_only_codes_are_packed_with_their_shape(qwen: Path, tmp_path: Pat
             "cannot be float-quantized and int-quantized",
         ),
         (QWEN, {"quantization": INT8, "ignore": ["*"]}, "nothing is left to quantize"),
+        # rows of 24
+        (QWEN, {"moe": INT4}, r"rows of .*24.* do not pack into whole words and groups: 32 col"),
+        (
+            with_whole_groups(QWEN),
+            {"moe": INT4, "linear": "int8_per_channel"},
+            "cannot be int-quantized and pack-quantized",
+        ),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(

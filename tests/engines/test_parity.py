@@ -21,18 +21,21 @@ from torch import Tensor, nn
 from moeq import OnlineQuantizationConfig, report_of, save
 from moeq.engines import hf_stream
 from moeq.experts import ExpertWeights
-from moeq.quantize import amax, dequantize, quantize, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, VOCABULARY, Architecture
 from tests.engines.tools import assert_same_state
+from tests.quantized import acting, quantized
 
 INT8 = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
+INT4 = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
 FP8 = (
     OnlineQuantScheme.FP8_PER_TENSOR,
     OnlineQuantScheme.FP8_PER_CHANNEL,
     OnlineQuantScheme.FP8_PER_BLOCK,
 )
-EVERY_SCHEME = pytest.mark.parametrize("scheme", (INT8, *FP8), ids=lambda scheme: scheme.value)
+EVERY_SCHEME = pytest.mark.parametrize(
+    "scheme", (INT8, *FP8, INT4), ids=lambda scheme: scheme.value
+)
 
 TOLERANCE = 1e-5
 """Relative, in fp32. Both sides add the same products in another order, over at most 160 terms and
@@ -166,7 +169,7 @@ def test_experts_take_half_the_bytes_of_bf16(checkpoint: Checkpoint) -> None:
     assert after < 0.55 * before + 4 * rows * len(checkpoint.architecture.experts)
 
 
-@pytest.mark.parametrize("scheme", (INT8, FP8[-1]), ids=lambda scheme: scheme.value)
+@pytest.mark.parametrize("scheme", (INT8, FP8[-1], INT4), ids=lambda scheme: scheme.value)
 def test_saving_and_loading_again_changes_nothing(
     checkpoint: Checkpoint, scheme: OnlineQuantScheme, tmp_path: Path
 ) -> None:
@@ -227,7 +230,7 @@ def test_the_ground_truth_says_the_same(checkpoint: Checkpoint) -> None:
 
 
 @VARIED
-@pytest.mark.parametrize("scheme", (INT8, FP8[0]), ids=lambda scheme: scheme.value)
+@pytest.mark.parametrize("scheme", (INT8, FP8[0], INT4), ids=lambda scheme: scheme.value)
 def test_bf16_activations(checkpoint: Checkpoint, scheme: OnlineQuantScheme) -> None:
     """As users run it, against fp32. bf16 keeps 8 bits: each of some ten roundings on the way
     through two layers adds 2^-9, 4 % leave room for the deepest of these models."""
@@ -253,23 +256,19 @@ def expected_weights(
     up = "gate_up_proj" if architecture.is_gated else "up_proj"
     parts = 2 if architecture.is_gated else 1
     tensors: list[Any] = []
+    groups: list[Any] = []
     for name in (up, "down_proj"):
         weight = canonical(architecture, getattr(plain, name).detach(), name)
         # gate and up share a scale per tensor, and nothing else
         split = parts if name == up and scheme.granularity is not Granularity.TENSOR else 1
         halves = [half.contiguous() for half in weight.chunk(split, dim=1)]
-        scales = [
-            scale_from_amax(amax(half, scheme.granularity), scheme.weight_dtype) for half in halves
-        ]
-        codes = [
-            quantize(half, scale, scheme.weight_dtype, scheme.granularity)
-            for half, scale in zip(halves, scales, strict=True)
-        ]
+        codes, scales, group = zip(*(quantized(half, scheme) for half in halves))
         tensors += [torch.cat(codes, 1), torch.cat(scales, 1) if split > 1 else scales[0]]
+        groups.append(None if scheme.group is None else torch.cat(group, 1))
     biases: list[Any] = [None, None]
     if architecture.has_bias:
         biases = [deinterleaved(architecture, plain.gate_up_proj_bias), plain.down_proj_bias]
-    return ExpertWeights(scheme, *tensors, *biases)
+    return ExpertWeights(scheme, *tensors, *biases, *groups, parts=parts)
 
 
 def dequantized(checkpoint: Checkpoint, model: nn.Module, scheme: OnlineQuantScheme) -> nn.Module:
@@ -280,8 +279,9 @@ def dequantized(checkpoint: Checkpoint, model: nn.Module, scheme: OnlineQuantSch
     for name in architecture.experts:
         experts, ours = plain.get_submodule(name), model.get_submodule(name)
         parts = 2 if architecture.is_gated else 1
-        w13 = dequantize(ours.w13_codes, ours.w13_scale, scheme.granularity, parts=parts)
-        w2 = dequantize(ours.w2_codes, ours.w2_scale, scheme.granularity)
+        hidden = ours.w2_codes.shape[1]
+        w13 = acting(ours, "w13", scheme, hidden, parts)
+        w2 = acting(ours, "w2", scheme, ours.w13_codes.shape[1] // parts)
         if architecture.interleaved:
             w13 = torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2)
         if architecture.transposed:
@@ -291,7 +291,8 @@ def dequantized(checkpoint: Checkpoint, model: nn.Module, scheme: OnlineQuantSch
             experts.down_proj.copy_(w2)
     for name, module in model.named_modules():
         if "weight_codes" in module._parameters:
-            weight = dequantize(module.weight_codes, module.weight_scale, scheme.granularity)
+            columns = plain.get_submodule(name).weight.shape[1]
+            weight = acting(module, "weight", scheme, columns)
             assert_same(module.weight, weight, f"{name}.weight")
             plain.get_submodule(name).weight.data = weight
     return plain

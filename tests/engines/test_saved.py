@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import moeq
@@ -19,6 +20,7 @@ from moeq.errors import CheckpointError, ModelError
 from tests.engines.tools import QWEN, assert_same_state, load, rewrite
 
 W8A8 = "int8_per_channel"
+INT4 = "int4_per_group_weight_only"
 
 
 @pytest.fixture
@@ -53,6 +55,53 @@ def test_damaged_scales(name: str, value: float, saved: Path) -> None:
     rewrite(saved, damage)
     with pytest.raises(CheckpointError, match=name):
         moeq.load(saved)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x80, 0x07, 0x87, 0x7F, 0xFF])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.experts.w13_group_scale",
+        "mlp.experts.w2_group_scale",
+        "self_attn.q_proj.weight_group_scale",
+    ],
+)
+def test_damaged_scales_of_groups(name: str, byte: int, qwen: Path, tmp_path: Path) -> None:
+    """Zeros, subnormals and NaN, of either sign."""
+    model = load(qwen, scheme=INT4)
+    moeq.save(model, tmp_path / "saved")
+    assert_same_state(moeq.load(tmp_path / "saved"), model)
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"model.layers.1.{name}"].view(torch.uint8).view(-1)[-1] = byte
+
+    rewrite(tmp_path / "saved", damage)
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.{name}: .*zeros, subnormal"):
+        moeq.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
+def test_damaged_scales_of_rows_above_groups(value: float, qwen: Path, tmp_path: Path) -> None:
+    moeq.save(load(qwen, scheme=INT4), tmp_path / "saved")
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.mlp.experts.w2_scale"][3, 5] = value
+
+    rewrite(tmp_path / "saved", damage)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.w2_scale"):
+        moeq.load(tmp_path / "saved")
+
+
+def test_scales_of_groups_are_missing(qwen: Path, tmp_path: Path) -> None:
+    moeq.save(load(qwen, scheme=INT4), tmp_path / "saved")
+    name = "model.layers.1.mlp.experts.w13_group_scale"
+
+    def lose(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    rewrite(tmp_path / "saved", lose)
+    with pytest.raises(CheckpointError, match=name):
+        moeq.load(tmp_path / "saved")
 
 
 def test_a_folder_appears_whole_or_not_at_all(

@@ -15,6 +15,7 @@ SCHEMES = {
     "fp8_per_channel": (0.0258, 0.0021, 1.02),
     "fp8_per_block": (0.0255, 0.0023, 1.001),
     "int8_per_channel": (0.0052, 0.00093, 1.02),
+    "int4_per_group_weight_only": (0.084, 0.021, 0.53),
 }
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeq.experts import ExpertWeights
 from moeq.kernels import cpu, reference
 from moeq.kernels.activations import ACTIVATIONS
-from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
-from tests.kernels.layers import random_weights, route, truth
+from tests.kernels.layers import dequantized, random_weights, route, truth
 
 W8A16 = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
 W8A8 = OnlineQuantScheme.INT8_PER_CHANNEL
@@ -36,6 +36,10 @@ products. int8 activations add nothing: their codes are the same integers on bot
 WITHOUT_VNNI = 2
 """times that, in bf16: products of int8 are rounded to bf16 before they are quantized again, and
 about half of the codes come out one off."""
+
+
+def w13_of(w: ExpertWeights) -> tuple[Tensor, Tensor, Tensor | None]:
+    return w.w13, w.w13_scale, w.w13_group
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -79,6 +83,22 @@ def test_fused_experts(
     assert_close(out, expected, dtype)
     assert torch.equal(x, before)
     assert torch.equal(out, cpu.fused_experts(x, ids, topk_weights, w, "silu"))
+
+
+@EVERY_SCHEME
+@EVERY_DTYPE
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("h", "i"), [(33, 1), (40, 7), (31, 16), (1, 17), (70, 31)])
+def test_narrow_layers(
+    scheme: OnlineQuantScheme, dtype: torch.dtype, gated: bool, h: int, i: int
+) -> None:
+    """Less than a group, and rows that end within one; what fills them up is not read."""
+    torch.manual_seed(h)
+    w = random_weights(scheme, 3, h, i, gated=gated, bias=dtype)
+    for t in (1, 9):
+        x, (ids, topk_weights) = torch.randn(t, h).to(dtype), route(t, 2, 3)
+        out = cpu.fused_experts(x, ids, topk_weights, w, "silu")
+        assert_close(out, truth(x, ids, topk_weights, w, "silu"), dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -129,7 +149,7 @@ def test_ids_of_other_ranks_add_nothing(t: int, dtype: torch.dtype) -> None:
     out = cpu.fused_experts(x, ids.to(dtype), topk_weights, w, "silu")
     assert_close(out, truth(x, ids, topk_weights, w, "silu"), torch.float32)
     assert torch.equal(out[0], torch.zeros(64))
-    y = cpu.expert_linear(x[:, None], ids, w.w13, w.w13_scale, w.b13, W8A16, 2)
+    y = cpu.expert_linear(x[:, None], ids, w.w13, w.w13_scale, None, w.b13, W8A16, 2)
     assert (y[ids < 0] == 0).all()
     assert (y[ids == 1].abs().sum(-1) > 0).all()
 
@@ -156,7 +176,7 @@ def test_nothing_to_do(scheme: OnlineQuantScheme) -> None:
     w = random_weights(scheme, 2, 64, 32)
     x, none = torch.zeros(0, 64, dtype=torch.bfloat16), torch.zeros(0, 2, dtype=torch.int64)
     assert cpu.fused_experts(x, none, none.float(), w, "silu").shape == (0, 64)
-    y = cpu.expert_linear(x[:, None], none, w.w13, w.w13_scale, None, scheme, 2)
+    y = cpu.expert_linear(x[:, None], none, *w13_of(w), None, scheme, 2)
     assert y.shape == (0, 2, 64)
     elsewhere = torch.full((3, 2), -1)
     out = cpu.fused_experts(torch.randn(3, 64), elsewhere, torch.rand(3, 2), w, "silu")
@@ -187,8 +207,8 @@ def test_rows_of_zeros_and_of_extremes(scheme: OnlineQuantScheme) -> None:
         assert torch.equal(cpu.fused_experts(x * 0, ids, ones, w, "silu"), x * 0)
         for size in (2.0**60, 2.0**-60):
             x_b = (x * size).bfloat16()
-            y = cpu.expert_linear(x_b[:, None], ids, w.w13, w.w13_scale, None, scheme, 2)
-            one = cpu.expert_linear(x.bfloat16()[:, None], ids, w.w13, w.w13_scale, None, scheme, 2)
+            y = cpu.expert_linear(x_b[:, None], ids, *w13_of(w), None, scheme, 2)
+            one = cpu.expert_linear(x.bfloat16()[:, None], ids, *w13_of(w), None, scheme, 2)
             assert torch.equal(y, one * size)  # powers of two: nothing overflows, nothing is lost
 
 
@@ -201,12 +221,10 @@ def test_expert_linear(scheme: OnlineQuantScheme, dtype: torch.dtype) -> None:
         ids, _ = route(t, 2, 4)
         for j in (1, 2):
             x = torch.randn(t, j, 96).to(dtype)
-            out = cpu.expert_linear(x, ids, w.w13, w.w13_scale, w.b13, scheme, 2)
-            exact = reference.expert_linear(x, ids, w.w13, w.w13_scale, w.b13, scheme, 2)
+            out = cpu.expert_linear(x, ids, *w13_of(w), w.b13, scheme, 2)
+            exact = reference.expert_linear(x, ids, *w13_of(w), w.b13, scheme, 2)
             if scheme is not W8A8:
-                matrix = dequantize(
-                    w.w13, w.w13_scale, scheme.granularity, parts=2, dtype=torch.float64
-                )
+                matrix, _ = dequantized(w)
                 assert w.b13 is not None
                 rows = x.expand(t, 2, 96).double()[..., None]
                 exact = (matrix[ids] @ rows)[..., 0] + w.b13[ids]
@@ -220,13 +238,14 @@ def test_linear(scheme: OnlineQuantScheme, shape: tuple[int, ...]) -> None:
     w = random_weights(scheme, 1, 96, 200, gated=False, bias=torch.float32)
     assert w.b13 is not None
     x = torch.randn(shape)
-    out = cpu.linear(x, w.w13[0], w.w13_scale[0], w.b13[0], scheme)
+    one = [None if tensor is None else tensor[0] for tensor in w13_of(w)]
+    out = cpu.linear(x, *one, w.b13[0], scheme)
     assert out.shape == (*shape[:-1], 200)
     if scheme is W8A8:
-        exact = reference.linear(x, w.w13[0], w.w13_scale[0], w.b13[0], scheme).double()
+        exact = reference.linear(x, *one, w.b13[0], scheme).double()
     else:
-        matrix = dequantize(w.w13[0], w.w13_scale[0], scheme.granularity, dtype=torch.float64)
-        exact = x.double() @ matrix.T + w.b13[0]
+        matrix, _ = dequantized(w)
+        exact = x.double() @ matrix[0].T + w.b13[0]
     if x.numel():
         assert_close(out, exact, torch.float32)
 
@@ -235,8 +254,8 @@ def test_linear_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_RUN_ROWS", 4)
     w = random_weights(W8A8, 1, 64, 32, gated=False)
     x = torch.randn(32, 64).bfloat16()[::3]  # not contiguous
-    out = cpu.linear(x, w.w13[0], w.w13_scale[0], None, W8A8)
-    exact = reference.linear(x, w.w13[0], w.w13_scale[0], None, W8A8)
+    out = cpu.linear(x, w.w13[0], w.w13_scale[0], None, None, W8A8)
+    exact = reference.linear(x, w.w13[0], w.w13_scale[0], None, None, W8A8)
     assert_close(out, exact.double(), torch.bfloat16)
 
 
@@ -315,5 +334,5 @@ def test_a_single_column(rows: int) -> None:
     x = torch.randn(rows, 1)
     codes = torch.randint(-127, 128, (5, 1), dtype=torch.int8)
     scale = torch.rand(5) + 0.1
-    expected = reference.linear(x, codes, scale, None, scheme)
-    torch.testing.assert_close(cpu.linear(x, codes, scale, None, scheme), expected)
+    expected = reference.linear(x, codes, scale, None, None, scheme)
+    torch.testing.assert_close(cpu.linear(x, codes, scale, None, None, scheme), expected)

@@ -15,7 +15,7 @@ from moeq.experts import ExpertWeights
 from moeq.kernels import reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.schemes import Granularity, OnlineQuantScheme
-from tests import e4m3
+from tests import e4m3, int4
 
 EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
@@ -36,8 +36,15 @@ own error. The others: h and the output are rounded, half an ulp each, and twice
 def random_codes(scheme: OnlineQuantScheme, *shape: int, rng: np.random.Generator) -> np.ndarray:
     """Bytes of codes, all that there are but NaN and -128."""
     codes = rng.integers(0, 256, shape, dtype=np.uint8)
+    if scheme.group is not None:
+        return codes
     bad = [0x80] if scheme.weight_dtype == torch.int8 else [0x7F, 0xFF]
     return np.where(np.isin(codes, bad), 0, codes).astype(np.uint8)
+
+
+def random_groups(*shape: int, rng: np.random.Generator) -> np.ndarray:
+    """Bytes of group scales: normal numbers of either sign, of two octaves."""
+    return (rng.integers(0x48, 0x58, shape) | 128 * rng.integers(0, 2, shape)).astype(np.uint8)
 
 
 def decoded(scheme: OnlineQuantScheme, codes: np.ndarray) -> np.ndarray:
@@ -50,7 +57,7 @@ def weight_scales(
     scheme: OnlineQuantScheme, e: int, n: int, k: int, parts: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random scales as moeq stores them, and one for every weight [E, N, K]."""
-    qmax = 127 if scheme.weight_dtype == torch.int8 else 448
+    qmax = {torch.int8: 127, torch.uint8: 64}.get(scheme.weight_dtype, 448)
 
     def some(*shape: int) -> np.ndarray:
         return (rng.uniform(0.5, 1.5, shape) / qmax / math.sqrt(k)).astype(np.float32)
@@ -96,16 +103,24 @@ def experts(
     fields: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name, n, k, stacked in (("w13", parts * i, h, parts), ("w2", h, i, 1)):
-        codes = random_codes(scheme, e, n, k, rng=rng)
+        count = -(-k // 32)
+        columns = k if scheme.group is None else 16 * count
+        codes = random_codes(scheme, e, n, columns, rng=rng)
         scale, full = weight_scales(scheme, e, n, k, stacked, rng)
         fields[name] = torch.from_numpy(codes).view(scheme.weight_dtype)
         fields[f"{name}_scale"] = torch.from_numpy(scale)
-        arrays[name] = decoded(scheme, codes) * full
+        if scheme.group is None:
+            arrays[name] = decoded(scheme, codes) * full
+        else:  # what fills rows up is random too: nobody may read it
+            groups = random_groups(e, n, count, rng=rng)
+            group = torch.from_numpy(groups).view(torch.float8_e4m3fn)
+            fields[f"{name}_group"] = group
+            arrays[name] = int4.decode(codes, groups)[..., :k] * full
         bias = rng.normal(size=(e, n)).astype(np.float32) * has_bias
         arrays[name.replace("w", "b")] = bias.astype(np.float64)
         if has_bias:
             fields[name.replace("w", "b")] = torch.from_numpy(bias)
-    return ExpertWeights(scheme, **fields), arrays
+    return ExpertWeights(scheme, **fields, parts=parts), arrays
 
 
 def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -184,7 +199,14 @@ def test_every_activation_has_a_formula_here() -> None:
 @pytest.mark.parametrize("scheme", [s for s in OnlineQuantScheme if s.covers("linear")], ids=str)
 def test_products_of_codes_are_added_exactly(scheme: OnlineQuantScheme) -> None:
     k = 2048
-    if scheme.weight_dtype == torch.int8:
+    group = None
+    if scheme.group is not None:
+        x, weight = torch.full((1, k), 2.0**-9), torch.full((1, k // 2), 0x99)  # twice a one
+        x[0, ::32] = torch.tensor([448.0, -448.0]).repeat(32)
+        weight[0, ::16] = 0x9F  # 7, and a one
+        group = torch.ones(1, k // 32).to(torch.float8_e4m3fn)
+        exact = (k - 64) * 2.0**-9
+    elif scheme.weight_dtype == torch.int8:
         x, weight = torch.full((1, k), 127.0), torch.full((1, k), 127.0)
         weight[0, 0] = 1
         exact = 127 + 127 * 127 * (k - 1)  # 25 bits: sums in fp32 drop the last
@@ -198,7 +220,7 @@ def test_products_of_codes_are_added_exactly(scheme: OnlineQuantScheme) -> None:
         Granularity.CHANNEL: torch.ones(1),
         Granularity.BLOCK: torch.ones(1, 16),
     }[scheme.granularity]
-    found = reference.linear(x, weight.to(scheme.weight_dtype), ones, None, scheme)
+    found = reference.linear(x, weight.to(scheme.weight_dtype), ones, group, None, scheme)
     assert found.item() == exact
 
 
@@ -210,7 +232,7 @@ def test_half_a_layer_equals_plain_loops(scheme: OnlineQuantScheme, each: bool) 
     x = inputs(6, 140, torch.float32).view(3, 2, 140)
     x = x if each else x[:, :1]
     found = reference.expert_linear(
-        x, ids, weights.w13, weights.w13_scale, weights.b13, scheme, parts=2
+        x, ids, weights.w13, weights.w13_scale, weights.w13_group, weights.b13, scheme, parts=2
     )
     expected = np.zeros((3, 2, 300))
     for t, slot in ((0, 0), (0, 1), (1, 1)):
@@ -231,7 +253,8 @@ def test_a_linear_equals_plain_loops(
     weights, arrays = experts(scheme, 1, 150, 140, 1, has_bias)
     x = inputs(6, 140, dtype).view(2, 3, 140)
     bias = None if weights.b2 is None else weights.b2[0]
-    found = reference.linear(x, weights.w2[0], weights.w2_scale[0], bias, scheme)
+    group = None if weights.w2_group is None else weights.w2_group[0]
+    found = reference.linear(x, weights.w2[0], weights.w2_scale[0], group, bias, scheme)
     assert (found.shape, found.dtype) == ((2, 3, 150), dtype)
     expected = np.zeros((2, 3, 150))
     for at in np.ndindex(2, 3):

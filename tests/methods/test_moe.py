@@ -17,13 +17,15 @@ from moeq.errors import BackendError, CheckpointError, ModelError, NonFiniteErro
 from moeq.methods import matrices
 from moeq.methods.base import OnlineMoEMethodBase, Projection
 from moeq.methods.parameters import finite_scales
-from moeq.quantize import QMAX, amax, quantize, scale_from_amax
+from moeq.quantize import LARGEST, QMAX, amax, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, routing, stored
+from tests.quantized import quantized
 
 EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
 BLOCKS = OnlineQuantScheme.FP8_PER_BLOCK
+INT4 = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
 TENSOR = OnlineQuantScheme.FP8_PER_TENSOR
 
 
@@ -40,9 +42,10 @@ def test_create_weights_takes_no_memory(scheme: OnlineQuantScheme) -> None:
         layer, num_experts=2048, hidden_size=8192, intermediate_size=8192, has_bias=True
     )
     parameters = dict(layer.named_parameters())
-    assert sorted(parameters) == [
-        *("w13_bias", "w13_codes", "w13_scale", "w2_bias", "w2_codes", "w2_scale")
-    ]
+    kinds = ("bias", "codes", "scale") + ("group_scale",) * (scheme.group is not None)
+    assert sorted(parameters) == sorted(
+        f"{name}_{kind}" for name in ("w13", "w2") for kind in kinds
+    )
     assert all(p.is_meta and not p.requires_grad for p in parameters.values())
 
 
@@ -54,7 +57,8 @@ def test_create_weights_registers_the_layout_of_experts(
     model = checkpoint(is_gated=is_gated, has_bias=True, dtype=torch.float16)
     method, layer = created(model, scheme)
     weights = method.weights(layer)  # checks shapes and dtypes of codes and scales
-    assert weights.w13.shape == (3, 300 if is_gated else 150, 140)
+    assert weights.w13.shape[:2] == (3, 300 if is_gated else 150)
+    assert (weights.hidden_size, weights.intermediate_size) == (140, 150)
     assert weights.is_gated is is_gated
     assert method.projections == (("gate", "up", "down") if is_gated else ("up", "down"))
     assert weights.b13 is not None
@@ -76,7 +80,7 @@ def test_arriving_piece_by_piece_equals_quantizing_the_whole(
 ) -> None:
     model = checkpoint(is_gated=is_gated, dtype=dtype)
     _, layer = loaded(model, scheme)
-    granularity, code = scheme.granularity, scheme.weight_dtype
+    granularity = scheme.granularity
     parts = ("gate", "up") if is_gated else ("up",)
 
     def stack(projection: str) -> torch.Tensor:
@@ -85,15 +89,20 @@ def test_arriving_piece_by_piece_equals_quantizing_the_whole(
     maxima = [amax(stack(part), granularity) for part in parts]
     if granularity is Granularity.TENSOR:  # one scale for gate and up
         maxima = [torch.stack(maxima).amax(0)] * len(parts)
-    scales = [scale_from_amax(maximum, code) for maximum in maxima]
-    codes = [quantize(stack(p), s, code, granularity) for p, s in zip(parts, scales, strict=True)]
-    scale13 = scales[0] if granularity is Granularity.TENSOR else torch.cat(scales, dim=1)
+    up = [quantized(stack(p), scheme, m) for p, m in zip(parts, maxima, strict=True)]
+    shared = granularity is Granularity.TENSOR
+    scale13 = up[0].scale if shared else torch.cat([each.scale for each in up], dim=1)
     assert torch.equal(layer.w13_scale, scale13)
-    assert torch.equal(layer.w13_codes.float(), torch.cat([c.float() for c in codes], dim=1))
-    scale2 = scale_from_amax(amax(stack("down"), granularity), code)
-    assert torch.equal(layer.w2_scale, scale2)
-    codes2 = quantize(stack("down"), scale2, code, granularity)
-    assert torch.equal(layer.w2_codes.float(), codes2.float())
+    assert torch.equal(layer.w13_codes.float(), torch.cat([u.codes.float() for u in up], dim=1))
+    down = quantized(stack("down"), scheme)
+    assert torch.equal(layer.w2_scale, down.scale)
+    assert torch.equal(layer.w2_codes.float(), down.codes.float())
+    groups = {name for name in layer._parameters if name.endswith("_group_scale")}
+    assert len(groups) == (0 if scheme.group is None else 2)
+    for name, wanted in (("w13_group_scale", up), ("w2_group_scale", [down])):
+        if groups:
+            joined = torch.cat([each.group.float() for each in wanted], dim=1)
+            assert torch.equal(layer.get_parameter(name).float(), joined)
 
 
 @EVERY_SCHEME
@@ -282,11 +291,15 @@ def test_a_layer_of_zeros_has_scales_of_one(scheme: OnlineQuantScheme) -> None:
     zeros = checkpoint(2)
     for weight in zeros.weights.values():
         weight.zero_()
-    _, layer = loaded(zeros, scheme)
+    method, layer = loaded(zeros, scheme)
     for scale in (layer.w13_scale, layer.w2_scale):
         assert torch.equal(scale, torch.ones_like(scale))
+    zero = 0 if scheme.group is None else 0x88
     for codes in (layer.w13_codes, layer.w2_codes):
-        assert bool((codes.float() == 0).all())
+        assert bool((codes.float() == zero).all())
+    for slot in range(2):
+        for weight in method.dequantized(layer, slot):
+            assert bool((weight == 0).all())
 
 
 @EVERY_SCHEME
@@ -294,8 +307,9 @@ def test_experts_of_zeros_are_told_by_their_global_ids(scheme: OnlineQuantScheme
     method, layer = loaded(checkpoint(), scheme)
     assert method.empty_experts(layer) == []
     method._local = {4: 0, 7: 1, 9: 2}
+    zero = 0 if scheme.group is None else 0x88
     for name in ("w13", "w2"):
-        layer.get_parameter(f"{name}_codes").data[1:].zero_()
+        layer.get_parameter(f"{name}_codes").data[1:].fill_(zero)
         layer.get_parameter(f"{name}_scale").data[1:] = 1
     layer.w2_codes.data[2, -1, -1] = 3  # ones are also the scales of numbers up to qmax
     assert method.empty_experts(layer) == [7]
@@ -308,7 +322,7 @@ def test_what_a_gpu_quantized_is_judged_by_its_scales(
 ) -> None:
     _, layer = loaded(checkpoint(), scheme)
     assert finite_scales(layer)
-    largest = torch.tensor([torch.finfo(torch.bfloat16).max, value])
+    largest = torch.tensor([LARGEST, value])
     good, bad = scale_from_amax(largest, scheme.weight_dtype)
     layer.w2_scale.data.view(-1)[-1] = good
     assert finite_scales(layer)
@@ -320,6 +334,10 @@ def test_what_a_gpu_quantized_is_judged_by_its_scales(
 def test_codes_use_their_whole_range(scheme: OnlineQuantScheme) -> None:
     model: Checkpoint = checkpoint()
     _, layer = loaded(model, scheme)
+    if scheme.group is not None:  # all sixteen, in either half of a byte
+        for codes in (layer.w13_codes & 15, layer.w13_codes >> 4):
+            assert sorted(codes.unique().tolist()) == list(range(16))
+        return
     assert layer.w2_codes.float().abs().amax(dim=(1, 2)).tolist() == [QMAX[scheme.weight_dtype]] * 3
 
 
@@ -337,6 +355,25 @@ def test_what_was_saved_quantized_needs_no_arrivals() -> None:
     assert method.choice is not None
     assert stored(fresh) == stored(layer)
     assert saved.choice is not None
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(40, 7), (33, 16), (32, 32), (64, 1)])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_dequantized_is_what_acts_of_an_expert(
+    is_gated: bool, hidden: int, intermediate: int
+) -> None:
+    """Gate rows, then up rows, without what fills rows up."""
+    model = checkpoint(2, hidden, intermediate, is_gated=is_gated)
+    for scheme in OnlineQuantScheme:
+        method, layer = loaded(model, scheme)
+        for expert in range(2):
+            w13, w2 = method.dequantized(layer, expert)
+            assert w13.dtype == w2.dtype == torch.float32
+            names = ("gate", "up") if is_gated else ("up",)
+            given = torch.cat([model.weights[expert, name] for name in names]).float()
+            for found, exact in ((w13, given), (w2, model.weights[expert, "down"].float())):
+                assert found.shape == exact.shape
+                assert (found - exact).norm() <= 0.12 * exact.norm()
 
 
 # A part of every expert
@@ -379,6 +416,7 @@ def test_local_channels_have_the_scales_of_whole_matrices(
         model.weights[expert, "up"][299, 5] = 7.0
     whole = loaded(model, scheme)[1]
     blocks = scheme.granularity is Granularity.BLOCK
+    packing = 1 if scheme.group is None else 2  # weights to an element of codes
     for channels in (range(128), range(128, 256), range(256, 300)):
         held = slice(channels.start, channels.stop)
         method, layer = created(model, scheme, local_channels=channels)
@@ -387,8 +425,20 @@ def test_local_channels_have_the_scales_of_whole_matrices(
         parts = 2 if is_gated else 1
         split = whole.w13_codes.view(torch.int8).unflatten(1, (parts, 300))[:, :, held]
         assert torch.equal(layer.w13_codes.view(torch.int8), split.flatten(1, 2))
-        codes = whole.w2_codes.view(torch.int8)[:, :, held]
+        columns = slice(held.start // packing, held.stop // packing)
+        if channels.stop == 300 and scheme.group is not None:
+            columns = slice(columns.start, None)  # what fills the last group up is of the last part
+        codes = whole.w2_codes.view(torch.int8)[:, :, columns]
         assert torch.equal(layer.w2_codes.view(torch.int8), codes)
+        if scheme.group is not None:
+            up, down = (
+                whole.get_parameter(f"{name}_group_scale").view(torch.uint8)
+                for name in ("w13", "w2")
+            )
+            up = up.unflatten(1, (parts, 300))[:, :, held].flatten(1, 2)
+            down = down[:, :, channels.start // 32 : -(-channels.stop // 32)]
+            assert torch.equal(layer.w13_group_scale.view(torch.uint8), up)
+            assert torch.equal(layer.w2_group_scale.view(torch.uint8), down)
         if blocks:
             held = slice(channels.start // 128, -(-channels.stop // 128))
             grid = whole.w13_scale.unflatten(1, (parts, 3))[:, :, held].flatten(1, 2)
@@ -402,10 +452,27 @@ def test_local_channels_have_the_scales_of_whole_matrices(
         assert torch.equal(layer.w13_scale, expected)
 
 
-@pytest.mark.parametrize("channels", [range(75), range(128, 200)])
-def test_blocks_are_not_divided(channels: range) -> None:
-    with pytest.raises(ModelError, match=r"divide a block of 128 x 128"):
-        created(checkpoint(intermediate=300), BLOCKS, local_channels=channels)
+@pytest.mark.parametrize(
+    ("scheme", "size", "channels"),
+    [
+        (BLOCKS, 128, range(75)),
+        (BLOCKS, 128, range(128, 200)),
+        (INT4, 32, range(75)),
+        (INT4, 32, range(16, 32)),
+        (INT4, 32, range(256, 290)),
+        (INT4, 32, range(1, 300)),
+    ],
+)
+def test_what_shares_a_scale_in_a_row_is_not_divided(
+    scheme: OnlineQuantScheme, size: int, channels: range
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        created(checkpoint(intermediate=300), scheme, local_channels=channels)
+    assert caught.value.message == (
+        f"channels {channels.start} to {channels.stop} of 300 divide {size} weights of a row,"
+        " which share a scale"
+    )
+    assert "fewer ranks" in caught.value.hint
 
 
 def test_channels_of_experts_with_biases_are_refused() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from moeq.errors import ModelError
 from moeq.methods.base import OnlineMoEMethodBase
 from moeq.methods.linear import OnlineLinearMethod
+from moeq.methods.parameters import has_arranged
 
 
 class QuantizedLinear(nn.Linear):
@@ -53,11 +55,34 @@ def experts_class(base: type[nn.Module]) -> type[nn.Module]:
     return _EXPERTS_CLASSES[base]
 
 
+@contextlib.contextmanager
+def order_of_files(model: nn.Module) -> Iterator[None]:
+    """Inside it the codes of every quantized layer lie as files have them, to be written or read.
+    The model runs all the same, slower where a kernel wants them otherwise."""
+    layers: list[tuple[nn.Module, Any]] = [
+        (m, m._moeq_method) for m in model.modules() if hasattr(m, "_moeq_method")
+    ]
+    try:
+        for module, method in layers:
+            method.restore(module)
+        yield
+    finally:
+        for module, method in layers:
+            method.arrange(module)
+
+
 def _refuse_cast(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """`.to(dtype)` would turn codes and scales into numbers that mean nothing."""
+    """`.to(dtype)` would turn codes and scales into numbers that mean nothing; and other devices
+    cannot read codes that are arranged for this one."""
     scale = next(p for n, p in module._parameters.items() if n.endswith("_scale") and p is not None)
-    if fn(torch.empty(0, dtype=scale.dtype, device=scale.device)).dtype != scale.dtype:
+    after = fn(torch.empty(0, dtype=scale.dtype, device=scale.device))
+    if after.dtype != scale.dtype:
         raise ModelError(
             "the dtype of a quantized model is fixed once it is loaded",
             hint="pass dtype=... where you load it",
+        )
+    if after.device != scale.device and has_arranged(module):
+        raise ModelError(
+            f"codes are arranged for {scale.device} kernels, {after.device} cannot read them",
+            hint=f"load the model on {after.device}",
         )

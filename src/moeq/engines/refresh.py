@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moeq.checkpoint.headers import FileStamp, TensorSpec
 from moeq.config import OnlineQuantizationConfig
+from moeq.engines.hf_modules import order_of_files
 from moeq.engines.hf_router import Router, fed_by, source_of
 from moeq.engines.hf_routes import check_rest, original_names
 from moeq.engines.hf_stream import Arrival, Method, arrivals_of
@@ -76,7 +77,8 @@ def refresh(
         ModelError: moeq did not load this model, or cannot refresh its kind.
     """
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    return _Refresh(_table_of(model), model).run(pairs)
+    with order_of_files(model):
+        return _Refresh(_table_of(model), model).run(pairs)
 
 
 @dataclass(frozen=True)

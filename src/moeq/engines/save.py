@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from moeq.checkpoint.folder import VARIANT
 from moeq.checkpoint.writer import new_folder
+from moeq.engines.hf_modules import order_of_files
 from moeq.engines.transformers import MoeqHfQuantizer, saving
 from moeq.errors import ModelError
 
@@ -60,7 +61,7 @@ def save(model: Any, folder: str | Path, *, max_shard_size: str | int = "5GB") -
     target = Path(folder)
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, nbytes) as staging:
-        with saving():
+        with saving(), order_of_files(model):
             _save_pretrained(model, staging, max_shard_size)
         source = Path(str(getattr(model, "name_or_path", "")))
         if source.is_dir():

@@ -108,6 +108,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             Whether the expert is held here.
         """
         if self._is_loaded:  # a new set of weights begins
+            self._method.restore(layer)
             self._method.expect_all()
             self._is_loaded = False
         projection = _PROJECTIONS[shard]
@@ -155,6 +156,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._method.process_weights_after_loading(
             layer, activation=self._activation, gate=self._gate
         )
+        self._method.arrange(layer)  # anew, where these are not the first weights
         self._is_loaded = True
         choice = self._method.choice
         assert choice is not None

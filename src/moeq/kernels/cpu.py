@@ -15,12 +15,13 @@ depends on the dtype of codes and rows, and on how many rows share the cost of p
     fp8            CPUs have no fp8 units, so activations stay unquantized: more exact than the
                    scheme asks. Few rows meet codes decoded to fp16, where PyTorch's GEMV is
                    fast; more rows meet bf16 or fp32.
-    four bits      a tile of codes times their group scales, exact in bf16, then GEMM.
+    four bits      a tile of codes times their group scales, exact in bf16, then GEMM; codes that
+                   are arranged for it, `_weight_int4pack_mm_for_cpu` (`moeq.kernels.cpu_int4`).
     fp32, fp16     codes decoded to fp32.
 
 Scales are applied in fp32 to the outputs, except those of blocks, which are folded into the
 decoded tile. Left out: repacked copies of the weights (oneDNN's would be 1.4x faster at 16 rows,
-but they are not what is saved), torch.compile, thread pools of our own.
+but they are not what is saved, nor as small), torch.compile, thread pools of our own.
 
 Legend: T tokens, k experts per token, R rows, E experts, N x K one matrix; see `moeq.experts`.
 """
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from moeq.experts import ExpertWeights
 from moeq.kernels.activations import ACTIVATIONS
+from moeq.kernels.cpu_int4 import is_arranged, runs_of_arranged
 from moeq.quantize import SCALE_MIN
 from moeq.schemes import BLOCK, GROUP, Granularity, OnlineQuantScheme
 
@@ -281,6 +283,8 @@ def _project(
         y = _int8_runs(rows, runs, codes).float()
     elif codes.dtype == torch.int8:
         y = _weight_only_runs(rows, runs, codes).float()
+    elif group is not None and is_arranged(codes):
+        y = runs_of_arranged(rows, runs, codes, group).float()
     elif group is not None:
         y = _int4_runs(rows, runs, codes, group).float()
     else:

@@ -36,12 +36,15 @@ from moeq.kernels.activations import ACTIVATIONS
 from moeq.methods.matrices import Place, part_of, quantize_matrices
 from moeq.methods.parameters import (
     align,
+    arrange,
     check_scales,
     check_weight_dtype,
     parameter,
     register_matrices,
     register_meta,
+    restore,
     storage,
+    stored,
 )
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import WEIGHT_DTYPES, check_finite, dequantize
@@ -308,6 +311,19 @@ class OnlineMoEMethodBase:
         self.check_arrived("the layer")
         self.choice = self.select_backend(parameter(layer, "w13_codes").device, activation)
         self._activation, self._gate, self._after = activation, gate, after
+        self.arrange(layer)
+
+    def arrange(self, layer: nn.Module) -> None:
+        """Let codes lie as the chosen kernel reads them fastest, in place. The layer runs either
+        way; which way they lie shows in their dtype."""
+        if self.choice is not None and self.choice.backend.name == "cpu":
+            arrange(layer, "w13", self._hidden)
+            arrange(layer, "w2", self._intermediate)
+
+    def restore(self, layer: nn.Module) -> None:
+        """Let codes lie as `moeq.experts` has them, in place: to be written, or to be saved."""
+        restore(layer, "w13")
+        restore(layer, "w2")
 
     def select_backend(self, device: torch.device, activation: str | None) -> Choice:
         """The kernel that would run: to ask before anything is loaded.
@@ -339,17 +355,18 @@ class OnlineMoEMethodBase:
             align(parameter(layer, codes))
 
     def weights(self, layer: nn.Module) -> ExpertWeights:
-        """The layer's quantized weights, as kernels take them."""
+        """The layer's quantized weights, as any kernel takes them: a copy of what is arranged."""
+        w13, w2 = stored(layer, "w13"), stored(layer, "w2")
         return ExpertWeights(
             self.scheme,
-            parameter(layer, "w13_codes"),
-            parameter(layer, "w13_scale"),
-            parameter(layer, "w2_codes"),
-            parameter(layer, "w2_scale"),
+            w13.codes,
+            w13.scales,
+            w2.codes,
+            w2.scales,
             layer._parameters.get("w13_bias"),
             layer._parameters.get("w2_bias"),
-            layer._parameters.get("w13_group_scale"),
-            layer._parameters.get("w2_group_scale"),
+            w13.groups,
+            w2.groups,
             parts=self._parts,
         )
 
@@ -358,15 +375,15 @@ class OnlineMoEMethodBase:
         stacks = ("w13", self._hidden, self._parts), ("w2", self._intermediate, 1)
         w13, w2 = (
             dequantize(
-                codes[expert],
-                scales[expert],
+                codes,
+                scales,
                 self.scheme.granularity,
                 parts=parts,
-                group_scale=None if groups is None else groups[expert],
+                group_scale=groups,
                 columns=columns,
             )
             for name, columns, parts in stacks
-            for codes, scales, groups in [storage(layer, name)]
+            for codes, scales, groups in [stored(layer, name, expert)]
         )
         return w13, w2
 

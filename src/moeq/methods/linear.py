@@ -12,11 +12,14 @@ from moeq.errors import CheckpointError
 from moeq.methods.matrices import Place, quantize_matrices
 from moeq.methods.parameters import (
     align,
+    arrange,
     check_scales,
     check_weight_dtype,
     parameter,
     register_matrices,
+    restore,
     storage,
+    stored,
 )
 from moeq.oracle import Choice, KernelRequest, select_backend
 from moeq.quantize import dequantize
@@ -127,10 +130,20 @@ class OnlineLinearMethod:
             return
         self.check_arrived("a linear layer")
         self.choice = self.select_backend(parameter(layer, "weight_codes").device)
+        self.arrange(layer)
+
+    def arrange(self, layer: nn.Module) -> None:
+        """As `OnlineMoEMethodBase.arrange`."""
+        if self.choice is not None and self.choice.backend.name == "cpu":
+            arrange(layer, "weight", self._width)
+
+    def restore(self, layer: nn.Module) -> None:
+        """As `OnlineMoEMethodBase.restore`."""
+        restore(layer, "weight")
 
     def dequantized(self, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K] as it acts, in the activations' dtype or another."""
-        codes, scale, groups = storage(layer, "weight")
+        codes, scale, groups = stored(layer, "weight")
         return dequantize(
             codes,
             scale,

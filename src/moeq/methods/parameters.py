@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from moeq import int4
-from moeq.errors import CheckpointError
+from moeq.errors import CheckpointError, ModelError
 from moeq.experts import code_columns, group_shape, scale_shape
+from moeq.kernels import cpu_int4
 from moeq.methods.matrices import Storage
 from moeq.quantize import LARGEST, QMAX, WEIGHT_DTYPES
 from moeq.schemes import OnlineQuantScheme
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of a CPU."""
+
+_UNDECIDED = torch.int16
+"""Codes while they are rearranged: no kernel takes them, should that be interrupted."""
 
 
 def parameter(layer: nn.Module, name: str) -> Tensor:
@@ -37,13 +43,76 @@ def register_matrices(
 
 
 def storage(layer: nn.Module, name: str) -> Storage:
-    """Of the matrices that `register_matrices` made room for."""
+    """Of the matrices that `register_matrices` made room for, to be written: not arranged."""
+    found = _storage(layer, name)
+    assert not _is_arranged(found), name
+    return found
+
+
+def stored(layer: nn.Module, name: str, matrix: int | None = None) -> Storage:
+    """The same to be read, however codes lie; of stacked matrices one, or all. What is arranged is
+    copied."""
+    found = _storage(layer, name)
+    is_arranged = _is_arranged(found)
+    codes, scales, groups = found
+    if matrix is not None:
+        codes, scales = codes[matrix], scales[matrix]
+        groups = None if groups is None else groups[matrix]
+    if is_arranged:
+        assert groups is not None
+        codes, groups = cpu_int4.restore(codes.clone(), groups.clone())
+    return Storage(codes, scales, groups)
+
+
+def arrange(layer: nn.Module, name: str, columns: int) -> None:
+    """Codes and group scales as the CPU's kernels read them fastest, in place, where they have a
+    way of their own; K is `columns`. Once is enough. What was mapped from a file takes memory
+    then."""
+    codes, _, groups = found = _storage(layer, name)
+    if groups is None or _is_arranged(found):
+        return
+    if cpu_int4.can_arrange(codes.shape[-2], columns):
+        _rearrange(layer, name, cpu_int4.arrange)
+
+
+def restore(layer: nn.Module, name: str) -> None:
+    """Back into the order of files, in place."""
+    if _is_arranged(_storage(layer, name)):
+        _rearrange(layer, name, cpu_int4.restore)
+
+
+def has_arranged(layer: nn.Module) -> bool:
+    """Whether codes of the layer lie in an order that is this machine's."""
+    own = layer.named_parameters(recurse=False)
+    return any(name.endswith("_codes") and cpu_int4.is_arranged(codes) for name, codes in own)
+
+
+def _storage(layer: nn.Module, name: str) -> Storage:
     groups = layer._parameters.get(f"{name}_group_scale")
     return Storage(
         parameter(layer, f"{name}_codes").data,
         parameter(layer, f"{name}_scale").data,
         None if groups is None else groups.data,
     )
+
+
+def _is_arranged(matrices: Storage) -> bool:
+    if matrices.groups is not None and matrices.codes.dtype == _UNDECIDED:
+        raise ModelError(
+            "rearranging the codes of this layer was interrupted, and nobody knows where they lie",
+            hint="load the model again",
+        )
+    return matrices.groups is not None and cpu_int4.is_arranged(matrices.codes)
+
+
+def _rearrange(
+    layer: nn.Module, name: str, how: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    codes, scale = (parameter(layer, f"{name}_{kind}") for kind in ("codes", "group_scale"))
+    before = codes.data
+    codes.data = before.view(_UNDECIDED)
+    after, scale.data = how(before, scale.data)
+    codes.data = after
 
 
 def finite_scales(layer: nn.Module) -> Tensor:
