@@ -124,7 +124,7 @@ def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Gr
 def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
-    codes, scales, _ = storage
+    codes, scales, groups = storage
     device = codes.get_device()
     alike: dict[torch.dtype, list[Place]] = {}
     for place in places:
@@ -135,7 +135,8 @@ def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity)
         alike.setdefault(base.dtype, []).append(place)
     for group in alike.values():
         weights, at, scale_at, *_ = zip(*group)
-        quantize_weights(weights, codes, scales, at, scale_at, granularity)
+        groups_at = [] if groups is None else [first // int4.GROUP_BYTES for first in at]
+        quantize_weights(weights, codes, scales, at, scale_at, granularity, groups, groups_at)
 
 
 def _has_kernel(codes: Tensor) -> bool:

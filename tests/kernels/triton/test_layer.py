@@ -403,7 +403,9 @@ def test_expert_linear(scheme: OnlineQuantScheme, t: int, each: bool) -> None:
     assert_close(actual, reference.expert_linear(*args), scheme)
 
 
-@pytest.mark.parametrize("scheme", [s for s in OnlineQuantScheme if s.covers("linear")], ids=lambda s: s.value)
+@pytest.mark.parametrize(
+    "scheme", [s for s in OnlineQuantScheme if s.covers("linear")], ids=lambda s: s.value
+)
 @pytest.mark.parametrize("shape", [(0, 136), (1, 136), (2, 3, 136), (70, 136)])
 def test_linear(scheme: OnlineQuantScheme, shape: tuple[int, ...]) -> None:
     from moeq.kernels import triton
