@@ -6,7 +6,8 @@
                                                  magnitude becomes about -8, so it has a sign
 
 Of the e4m3 numbers near |largest| / 8 the one is taken under which the codes are nearest to the
-weights. Every candidate is tried with its own codes, so nothing is left to refine. Two powers of
+weights. Every candidate is tried with its own codes, so nothing is left to refine: the weight times
+the fp32 reciprocal of the scales, rounded half to even. Two powers of
 two and three bits of mantissa make `code * group_scale` exact in bf16, with room in fp16, and a
 scale in bf16 for formats that have but one.
 
