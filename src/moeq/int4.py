@@ -6,10 +6,9 @@
                                                  magnitude becomes about -8, so it has a sign
 
 Of the e4m3 numbers near |largest| / 8 the one is taken under which the codes are nearest to the
-weights. Every candidate is tried with its own codes, so nothing is left to refine: the weight times
-the fp32 reciprocal of the scales, rounded half to even. Two powers of
-two and three bits of mantissa make `code * group_scale` exact in bf16, with room in fp16, and a
-scale in bf16 for formats that have but one.
+weights. Every candidate is tried with its own codes, so nothing is left to refine: weights times
+the fp32 reciprocal of their scales, rounded half to even. So few bits make `code * group_scale`
+exact in bf16 and fp16, and so is `group_scale * scale` in bf16, for formats that have one scale.
 
 A group is first rounded to 11 bits of its largest weight. Squared errors are then integers whose
 sum is below 2^24, which fp32 adds exactly in any order: the bytes do not depend on device or

@@ -19,6 +19,7 @@ from torch import Tensor
 import moeq
 from moeq import OnlineQuantizationConfig
 from moeq.embedded import PROMPT, held_out_text, model_folder
+from moeq.engines.hf_modules import order_of_files
 from moeq.engines.offline import quantize_checkpoint
 from moeq.schemes import OnlineQuantScheme
 from tests.vllm_engine.conftest import DEVICE, Job
@@ -144,11 +145,12 @@ def one(vllm_job: Job, prompts: list[list[int]], checkpoints: dict[str, Path]) -
 def ours(folder: Path, scheme: str) -> dict[str, Tensor]:
     """What a load of moeq's own holds, as bytes."""
     model = moeq.load(folder, scheme, device=DEVICE)
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if name.endswith(("_codes", "_scale"))
-    }
+    with order_of_files(model):
+        return {
+            name: parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, parameter in model.named_parameters()
+            if name.endswith(("_codes", "_scale"))
+        }
 
 
 def digest(tensor: Tensor) -> str:
