@@ -287,13 +287,16 @@ class MoeqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._is_row_split = input_size_per_partition != input_size
         self._is_split = self._is_row_split or outputs != output_size
         sizes = [input_size_per_partition] if self._is_row_split else output_partition_sizes
-        size = BLOCK if self._grain is Granularity.BLOCK else 1
-        if self._is_row_split:
-            size = self._method.scheme.group or size
+        size, what = 1, ""
+        if self._grain is Granularity.BLOCK:
+            size, what = BLOCK, f"blocks of {BLOCK} x {BLOCK} weights"
+        elif self._is_row_split and self._method.scheme.group is not None:
+            size = self._method.scheme.group
+            what = f"groups of {size} weights"
         if self._is_split and any(part % size for part in sizes):
             raise ModelError(
                 f"{self._name}: tensor parallelism cuts it into parts of {sizes}, which divide"
-                f" {size} weights that share a scale",
+                f" {what} that share a scale",
                 hint="use fewer ranks, or a scheme with a scale per channel",
             )
         self._method.create_weights(
