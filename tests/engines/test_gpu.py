@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import moeq
+from moeq.engines.hf_modules import order_of_files
 from moeq.errors import NonFiniteError, RefreshError
 from moeq.schemes import OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, Architecture
 from tests.engines.published import FP8_BLOCKS, MXFP4, Published
 from tests.engines.test_refresh import addresses, nan, saved, tensors_of
-from tests.engines.tools import EXPERT_WEIGHT, FP8, INT8, QWEN, assert_same_state, load, rewrite
+from tests.engines.tools import EXPERT_WEIGHT, FP8, INT4, INT8, QWEN, assert_same_state, load, rewrite
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,7 +27,8 @@ def on_gpu(folder: Path, architecture: Architecture, scheme: Any) -> Any:
 
 def assert_same_bytes(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     assert {tensor.device.type for tensor in found.state_dict().values()} == {"cuda"}
-    assert_same_state(found.to("cpu"), expected)
+    with order_of_files(expected):
+        assert_same_state(found.to("cpu"), expected)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
@@ -54,11 +56,12 @@ def test_every_scheme_loads_and_refreshes_to_the_bytes_of_a_cpu(
     assert_same_bytes(model, load(new, QWEN, scheme.value))
 
 
-def test_what_was_saved_loads_onto_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [FP8, INT4])
+def test_what_was_saved_loads_onto_a_gpu(scheme: str, tmp_path: Path) -> None:
     folder = saved(QWEN, tmp_path / "bf16", 1)
-    moeq.save(on_gpu(folder, QWEN, FP8), tmp_path / "quantized")
+    moeq.save(on_gpu(folder, QWEN, scheme), tmp_path / "quantized")
     model = moeq.load(tmp_path / "quantized", device="cuda")
-    assert_same_bytes(model, load(folder, QWEN, FP8))
+    assert_same_bytes(model, load(folder, QWEN, scheme))
 
 
 def test_a_captured_graph_sees_the_new_weights(tmp_path: Path) -> None:

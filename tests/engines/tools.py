@@ -19,6 +19,7 @@ from tests.engines.models import BY_NAME, Architecture
 
 INT8 = "int8_per_channel_weight_only"
 FP8 = "fp8_per_channel"
+INT4 = "int4_per_group_weight_only"
 
 QWEN = BY_NAME["qwen2_moe"]
 """Per expert on disk, a shared expert, and a gate for that which is an `nn.Linear`."""
