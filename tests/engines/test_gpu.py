@@ -16,7 +16,16 @@ from moeq.schemes import OnlineQuantScheme
 from tests.engines.models import ARCHITECTURES, Architecture
 from tests.engines.published import FP8_BLOCKS, MXFP4, Published
 from tests.engines.test_refresh import addresses, nan, saved, tensors_of
-from tests.engines.tools import EXPERT_WEIGHT, FP8, INT4, INT8, QWEN, assert_same_state, load, rewrite
+from tests.engines.tools import (
+    EXPERT_WEIGHT,
+    FP8,
+    INT4,
+    INT8,
+    QWEN,
+    assert_same_state,
+    load,
+    rewrite,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
