@@ -122,8 +122,9 @@ def quantized(scheme: OnlineQuantScheme, e: int, h: int, i: int) -> ExpertWeight
         grid = group_shape(scheme, shape)
         if grid is None:
             return None
-        bits = torch.randint(0x30, 0x48, grid, dtype=torch.uint8, device="cuda")  # 0.5 to 4
-        return bits.view(torch.float8_e4m3fn)
+        low, high = (0x30, 0x48) if scheme.group_dtype == torch.float8_e4m3fn else (126, 129)
+        bits = torch.randint(low, high, grid, dtype=torch.uint8, device="cuda")  # 0.5 to 4
+        return bits.view(scheme.group_dtype)
 
     w13, w2 = (e, 2 * i, h), (e, h, i)
     return ExpertWeights(

@@ -39,22 +39,20 @@ def microseconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    schemes = {(s.granularity, s.weight_dtype): s for s in OnlineQuantScheme}.values()
+    kinds = {(s.granularity, s.weight_dtype, s.group_dtype): s for s in OnlineQuantScheme}
     for shape in SHAPES:
         weights = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         out = torch.empty_like(weights)
         copy = 2 * weights.nbytes / microseconds(lambda w=weights, o=out: o.copy_(w)) / 1e6
         print(f"{'x'.join(map(str, shape)):16} copy {copy:.2f} TB/s", flush=True)
         (e, n, k), spans = shape, [Span.of(w) for w in weights]
-        for scheme in schemes:
+        for scheme in kinds.values():
             granularity, dtype = scheme.granularity, scheme.weight_dtype
             codes = torch.empty(e, n, code_columns(scheme, k), dtype=dtype, device="cuda")
             scales = torch.empty(e, math.prod(scale_shape(granularity, (n, k))), device="cuda")
             grid = group_shape(scheme, shape)
             groups = (
-                None
-                if grid is None
-                else torch.empty(grid, dtype=torch.float8_e4m3fn, device="cuda")
+                None if grid is None else torch.empty(grid, dtype=scheme.group_dtype, device="cuda")
             )
             at, scales_at, groups_at = (
                 [] if t is None else [i * t[0].numel() for i in range(e)]
@@ -66,7 +64,7 @@ def main() -> None:
             rate = (weights.nbytes + written) / us / 1e6
             again = "  (amax first)" if granularity is Granularity.TENSOR else ""
             name = f"{str(dtype).removeprefix('torch.')} {granularity.value}"
-            name = name if grid is None else "four bits per group"
+            name = name if grid is None else scheme.value
             print(f"  {name:24}{us:9.1f} us {rate:6.2f} TB/s {rate / copy:5.2f}{again}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Four bits to a weight, written out by hand: what the docstring of `moeq.int4` says, one group
+"""int4 written out by hand: what the docstring of `moeq.int4` says, one group
 after the other, in fp64, where next to nothing of it is rounded."""
 
 from __future__ import annotations
@@ -10,16 +10,8 @@ from tests import e4m3
 GROUP = 32
 
 
-def row_scales(weight: np.ndarray) -> np.ndarray:
-    """fp32 [N] of weights [N, K]."""
-    amax = np.abs(weight.astype(np.float64)).max(1, initial=0)
-    exponent = np.frexp(amax)[1] - 1  # floor(log2 amax)
-    scale = np.maximum(2.0 ** (exponent - 10.0), 2.0**-126)
-    return np.where(amax == 0, 1, scale).astype(np.float32)
-
-
 def encode_group(x: np.ndarray) -> tuple[np.ndarray, int]:
-    """Codes -8..7 of a group of weights in units of its row's scale, and the group scale's byte."""
+    """Stored codes of a group of weights in units of its row's scale, and the scale's byte."""
     largest = x[np.argmax(np.abs(x))]
     if -largest in x:  # of two as large, the positive one becomes -8
         largest = abs(largest)
@@ -41,23 +33,7 @@ def encode_group(x: np.ndarray) -> tuple[np.ndarray, int]:
         if best is None or error < best[0]:
             best = error, codes, byte
     assert best is not None
-    return best[1], best[2] | (0x80 if largest >= 0 else 0)
-
-
-def encode(
-    weight: np.ndarray, scale: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes of codes [N, 16 * G] and of group scales [N, G], and scales of rows, of [N, K]."""
-    n, k = weight.shape
-    scale = row_scales(weight) if scale is None else scale
-    x = np.zeros((n, -(-k // GROUP) * GROUP))
-    x[:, :k] = weight.astype(np.float64) / scale.astype(np.float64)[:, None]
-    codes, groups = np.zeros(x.shape), np.zeros((n, x.shape[1] // GROUP), dtype=np.uint8)
-    for row, group in np.ndindex(groups.shape):
-        here = row, slice(group * GROUP, (group + 1) * GROUP)
-        codes[here], groups[row, group] = encode_group(x[here])
-    nibbles = (codes + 8).astype(np.uint8)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4, groups, scale
+    return best[1] + 8, best[2] | (0x80 if largest >= 0 else 0)
 
 
 def decode(packed: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moeq import int4
+from moeq import four_bits
 from moeq.experts import code_columns, group_shape
 from moeq.quantize import amax, dequantize, quantize, scale_from_amax
 from moeq.schemes import OnlineQuantScheme
@@ -32,9 +32,9 @@ def quantized(
         return Quantized(quantize(weight, scale, dtype, grain), scale, None)
     *lead, k = weight.shape
     codes = torch.empty(*lead, code_columns(scheme, k), dtype=dtype)
-    group = torch.empty(grouped, dtype=torch.float8_e4m3fn)
+    group = torch.empty(grouped, dtype=scheme.group_dtype)
     flat = (tensor.flatten(0, -2) for tensor in (codes, group))
-    int4.quantize(weight.flatten(0, -2), scale.view(-1), *flat)
+    four_bits.quantize(weight.flatten(0, -2), scale.view(-1), *flat)
     return Quantized(codes, scale, group)
 
 

@@ -10,16 +10,13 @@ import pytest
 
 from moeq.config import OnlineQuantizationConfig, matches
 from moeq.errors import ConfigError, PatternError, UnknownSchemeError
+from moeq.methods.four_bits import Int4OnlineMoEMethod, Mxfp4OnlineMoEMethod
 from moeq.methods.fp8 import (
     Fp8PerBlockOnlineMoEMethod,
     Fp8PerChannelOnlineMoEMethod,
     Fp8PerTensorOnlineMoEMethod,
 )
-from moeq.methods.integers import (
-    Int4OnlineMoEMethod,
-    Int8OnlineMoEMethod,
-    Int8W8A8OnlineMoEMethod,
-)
+from moeq.methods.integers import Int8OnlineMoEMethod, Int8W8A8OnlineMoEMethod
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import OnlineQuantScheme, _warn_alias
 
@@ -32,6 +29,7 @@ MOE_METHODS = {
     "int8_per_channel_weight_only": Int8OnlineMoEMethod,
     "int8_per_channel": Int8W8A8OnlineMoEMethod,
     "int4_per_group_weight_only": Int4OnlineMoEMethod,
+    "mxfp4_weight_only": Mxfp4OnlineMoEMethod,
     "fp8_per_tensor": Fp8PerTensorOnlineMoEMethod,
     "fp8_per_channel": Fp8PerChannelOnlineMoEMethod,
     "fp8_per_block": Fp8PerBlockOnlineMoEMethod,

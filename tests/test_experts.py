@@ -46,10 +46,11 @@ def test_scale_shape(
     [(0, 0, 0), (1, 16, 1), (31, 16, 1), (32, 16, 1), (33, 32, 2), (64, 32, 2), (140, 80, 5)],
 )
 def test_rows_of_four_bits_are_filled_up_to_whole_groups(k: int, columns: int, count: int) -> None:
-    assert code_columns(INT4, k) == columns
-    assert group_shape(INT4, (3, 7, k)) == (3, 7, count)
     for scheme in OnlineQuantScheme:
-        if scheme is not INT4:
+        if scheme.group_dtype is not None:
+            assert code_columns(scheme, k) == columns
+            assert group_shape(scheme, (3, 7, k)) == (3, 7, count)
+        else:
             assert code_columns(scheme, k) == k
             assert group_shape(scheme, (3, 7, k)) is None
 
@@ -65,7 +66,7 @@ def fields(scheme: OnlineQuantScheme, parts: int = 2) -> dict[str, Any]:
 
     def groups(*shape: int) -> torch.Tensor | None:
         found = group_shape(scheme, shape)
-        return found and torch.empty(found, dtype=torch.float8_e4m3fn, device=device)
+        return found and torch.empty(found, dtype=scheme.group_dtype, device=device)
 
     return {
         "scheme": scheme,

@@ -21,6 +21,8 @@ LAYERS = (
     "schemes",
     "span",
     "int4",
+    "mxfp4",
+    "four_bits",
     "experts",
     "quantize",
     "kernels",

@@ -24,16 +24,13 @@ from typing import Any
 
 from moeq.errors import ConfigError, PatternError
 from moeq.methods.base import OnlineMoEMethodBase
+from moeq.methods.four_bits import Int4OnlineMoEMethod, Mxfp4OnlineMoEMethod
 from moeq.methods.fp8 import (
     Fp8PerBlockOnlineMoEMethod,
     Fp8PerChannelOnlineMoEMethod,
     Fp8PerTensorOnlineMoEMethod,
 )
-from moeq.methods.integers import (
-    Int4OnlineMoEMethod,
-    Int8OnlineMoEMethod,
-    Int8W8A8OnlineMoEMethod,
-)
+from moeq.methods.integers import Int8OnlineMoEMethod, Int8W8A8OnlineMoEMethod
 from moeq.methods.linear import OnlineLinearMethod
 from moeq.schemes import LayerKind, OnlineQuantScheme
 
@@ -51,6 +48,7 @@ _MOE_METHODS: dict[OnlineQuantScheme, type[OnlineMoEMethodBase]] = {
         Int8OnlineMoEMethod,
         Int8W8A8OnlineMoEMethod,
         Int4OnlineMoEMethod,
+        Mxfp4OnlineMoEMethod,
         Fp8PerTensorOnlineMoEMethod,
         Fp8PerChannelOnlineMoEMethod,
         Fp8PerBlockOnlineMoEMethod,

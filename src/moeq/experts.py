@@ -21,18 +21,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moeq import int4
+from moeq import four_bits
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 
 
 def code_columns(scheme: OnlineQuantScheme, k: int) -> int:
     """Elements of a row of codes, for K columns of weights."""
-    return k if scheme.group is None else int4.packed(k)
+    return k if scheme.group is None else four_bits.packed(k)
 
 
 def group_shape(scheme: OnlineQuantScheme, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Shape of the group scales of weights `[..., N, K]`; None where there are none."""
-    return None if scheme.group is None else (*shape[:-1], int4.groups(shape[-1]))
+    return None if scheme.group is None else (*shape[:-1], four_bits.groups(shape[-1]))
 
 
 def blocks(n: int) -> int:
@@ -71,8 +71,8 @@ class ExpertWeights:
         w2_scale: fp32, `scale_shape(granularity, [E, H, I])`.
         b13: bias [E, P * I] in the model's dtype, gate then up, or None.
         b2: bias [E, H], or None.
-        w13_group: e4m3fn, `group_shape([E, P * I, H])`, where the scheme has groups.
-        w2_group: e4m3fn, `group_shape([E, H, I])`, likewise.
+        w13_group: `scheme.group_dtype`, `group_shape([E, P * I, H])`, where there are groups.
+        w2_group: `group_shape([E, H, I])`, likewise.
         parts: projections stacked in w13: 2 (gate, then up) or 1 (up alone).
     """
 
@@ -105,7 +105,7 @@ class ExpertWeights:
             assert scale.device == weight.device, (name, scale.device, weight.device)
             groups = None if group is None else tuple((group.mT if arranged else group).shape)
             assert groups == group_shape(scheme, shape), (name, groups)
-            assert group is None or group.dtype == torch.float8_e4m3fn, (name, group.dtype)
+            assert group is None or group.dtype == scheme.group_dtype, (name, group.dtype)
         assert self.b13 is None or self.b13.shape == (e, n), self.b13.shape
         assert self.b2 is None or self.b2.shape == (e, h), self.b2.shape
 

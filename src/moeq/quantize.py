@@ -3,7 +3,7 @@
     scale = max(amax / qmax, 2^-126)     1 where amax is 0
     code  = clamp(round_half_even(w / scale), -qmax, qmax)      int8, qmax 127
     code  = e4m3fn(clamp(w / scale, -qmax, qmax))               fp8,  qmax 448
-    w'    = code * scale                                        four bits: see `moeq.int4`
+    w'    = code * scale                                        four bits: see `moeq.four_bits`
 
 Amax, scale and quotient are fp32 whatever the dtype of the checkpoint: in bf16 the quotient alone
 adds 11 % to the squared error of int8. A row of zeros gets scale 1 and codes that are exactly zero,
@@ -24,12 +24,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moeq import int4
+from moeq import four_bits
 from moeq.errors import NonFiniteError
 from moeq.experts import blocks, scale_shape
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 
-QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: int4.QMAX}
+QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: four_bits.QMAX}
 """Largest code. int8 is symmetric: -128 is never used."""
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,7 +79,7 @@ def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 scales for codes of `dtype` from the amax of each group; 1 where amax is 0."""
     amax = amax.float()
     if dtype == torch.uint8:
-        return int4.row_scale(amax)
+        return four_bits.row_scale(amax)
     # A tensor divides; by a number CUDA multiplies with its reciprocal, which is other bits
     scale = (amax / amax.new_full((), QMAX[dtype])).clamp_(min=SCALE_MIN)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
@@ -142,11 +142,11 @@ def dequantize(
         granularity: what shares a scale.
         parts: projections stacked along N (2 for a w13 with gate and up).
         dtype: of the result.
-        group_scale: e4m3fn [..., N, groups(K)], where codes have four bits.
+        group_scale: [..., N, groups(K)], where codes have four bits.
         columns: K, likewise.
     """
     if group_scale is not None:
-        codes = int4.decode(codes, group_scale)[..., :columns]
+        codes = four_bits.decode(codes, group_scale)[..., :columns]
     *_, n, k = codes.shape
     if codes.ndim > 2:
         matrices = [

@@ -43,7 +43,7 @@ class _Row:
     granularity: Granularity
     quantizes_activations: bool
     covers: tuple[LayerKind, ...]
-    group: int | None = None
+    group_dtype: torch.dtype | None = None
 
 
 class OnlineQuantScheme(enum.Enum):
@@ -55,6 +55,7 @@ class OnlineQuantScheme(enum.Enum):
     FP8_PER_BLOCK = "fp8_per_block"
     INT8_PER_CHANNEL = "int8_per_channel"
     INT4_PER_GROUP_WEIGHT_ONLY = "int4_per_group_weight_only"
+    MXFP4_WEIGHT_ONLY = "mxfp4_weight_only"
 
     @classmethod
     def parse(cls, name: str | OnlineQuantScheme) -> OnlineQuantScheme:
@@ -82,7 +83,7 @@ class OnlineQuantScheme(enum.Enum):
     @property
     def weight_dtype(self) -> torch.dtype:
         """dtype of the codes: `torch.int8` (symmetric, -127..127), `torch.float8_e4m3fn`, or
-        `torch.uint8`, which holds two of four bits (see `moeq.int4`)."""
+        `torch.uint8`, which holds two of four bits (see `moeq.four_bits`)."""
         return _TABLE[self].weight_dtype
 
     @property
@@ -92,8 +93,13 @@ class OnlineQuantScheme(enum.Enum):
 
     @property
     def group(self) -> int | None:
-        """Columns of a row that share an e4m3 scale beneath the fp32 one; None where none do."""
-        return _TABLE[self].group
+        """Columns of a row that share a scale beneath the fp32 one; None where none do."""
+        return None if self.group_dtype is None else GROUP
+
+    @property
+    def group_dtype(self) -> torch.dtype | None:
+        """dtype of the scales of groups, which says what codes of four bits are."""
+        return _TABLE[self].group_dtype
 
     @property
     def quantizes_activations(self) -> bool:
@@ -123,7 +129,10 @@ _TABLE = {
         torch.int8, Granularity.CHANNEL, True, ("moe", "linear")
     ),
     OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY: _Row(
-        torch.uint8, Granularity.CHANNEL, False, ("moe", "linear"), group=GROUP
+        torch.uint8, Granularity.CHANNEL, False, ("moe", "linear"), torch.float8_e4m3fn
+    ),
+    OnlineQuantScheme.MXFP4_WEIGHT_ONLY: _Row(
+        torch.uint8, Granularity.CHANNEL, False, ("moe", "linear"), torch.float8_e8m0fnu
     ),
 }
 

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from moeq import int4
 from moeq.experts import ExpertWeights, code_columns, group_shape, scale_shape
 from moeq.kernels import reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.quantize import dequantize
 from moeq.schemes import OnlineQuantScheme
+from tests import four_bits
 
 
 def random_weights(
@@ -32,7 +32,7 @@ def random_weights(
             packed = torch.randint(0, 256, (*shape[:-1], width), dtype=torch.uint8)
             # What fills a row up means zero
             nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-            nibbles[..., shape[-1] :] = 8
+            nibbles[..., shape[-1] :] = four_bits.ZERO[scheme]
             return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
         if scheme.weight_dtype == torch.int8:
             return torch.randint(-160, 161, shape).clamp_(-127, 127).to(torch.int8)
@@ -43,7 +43,9 @@ def random_weights(
         found = group_shape(scheme, shape)
         if found is None:
             return None
-        magnitude = torch.randint(int4.E4M3_LEAST, 127, found)
+        if scheme is OnlineQuantScheme.MXFP4_WEIGHT_ONLY:
+            return torch.randint(128, 137, found).to(torch.uint8).view(scheme.group_dtype)
+        magnitude = torch.randint(four_bits.LEAST[scheme], 127, found)
         sign = torch.randint(0, 2, found) * 128
         return (magnitude + sign).to(torch.uint8).view(torch.float8_e4m3fn)
 

@@ -47,7 +47,7 @@ def test_there_and_back(
 ) -> None:
     torch.manual_seed(n)
     monkeypatch.setattr(cpu_int4, "_CHUNK", 3000)  # several
-    assert cpu_int4.can_arrange(n, k)
+    assert cpu_int4.can_arrange(torch.float8_e4m3fn, n, k)
     codes, scale = random_matrices(*lead, n, k)
     before = codes.clone(), scale.clone()
     there, there_scale = cpu_int4.arrange(codes, scale)
@@ -72,7 +72,7 @@ def test_the_arrangement_is_pytorchs_own() -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 64), (80, 64), (0, 64), (128, 0), (128, 80)])
 def test_what_has_no_whole_blocks_and_groups_stays(n: int, k: int) -> None:
-    assert not cpu_int4.can_arrange(n, k)
+    assert not cpu_int4.can_arrange(torch.float8_e4m3fn, n, k)
 
 
 @EVERY_DTYPE

@@ -15,7 +15,7 @@ from moeq.experts import ExpertWeights
 from moeq.kernels import reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.schemes import Granularity, OnlineQuantScheme
-from tests import e4m3, int4
+from tests import e4m3, four_bits
 
 EVERY_SCHEME = pytest.mark.parametrize("scheme", OnlineQuantScheme, ids=lambda scheme: scheme.value)
 ONE = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
@@ -42,8 +42,10 @@ def random_codes(scheme: OnlineQuantScheme, *shape: int, rng: np.random.Generato
     return np.where(np.isin(codes, bad), 0, codes).astype(np.uint8)
 
 
-def random_groups(*shape: int, rng: np.random.Generator) -> np.ndarray:
-    """Bytes of group scales: normal numbers of either sign, of two octaves."""
+def random_groups(scheme: OnlineQuantScheme, *shape: int, rng: np.random.Generator) -> np.ndarray:
+    """Bytes of group scales: normal numbers, of two octaves and either sign if they have one."""
+    if scheme.group_dtype == torch.float8_e8m0fnu:
+        return rng.integers(129, 131, shape).astype(np.uint8)
     return (rng.integers(0x48, 0x58, shape) | 128 * rng.integers(0, 2, shape)).astype(np.uint8)
 
 
@@ -112,10 +114,10 @@ def experts(
         if scheme.group is None:
             arrays[name] = decoded(scheme, codes) * full
         else:  # what fills rows up is random too: nobody may read it
-            groups = random_groups(e, n, count, rng=rng)
-            group = torch.from_numpy(groups).view(torch.float8_e4m3fn)
+            groups = random_groups(scheme, e, n, count, rng=rng)
+            group = torch.from_numpy(groups).view(scheme.group_dtype)
             fields[f"{name}_group"] = group
-            arrays[name] = int4.decode(codes, groups)[..., :k] * full
+            arrays[name] = four_bits.decode(scheme, codes, groups)[..., :k] * full
         bias = rng.normal(size=(e, n)).astype(np.float32) * has_bias
         arrays[name.replace("w", "b")] = bias.astype(np.float64)
         if has_bias:
@@ -201,10 +203,12 @@ def test_products_of_codes_are_added_exactly(scheme: OnlineQuantScheme) -> None:
     k = 2048
     group = None
     if scheme.group is not None:
-        x, weight = torch.full((1, k), 2.0**-9), torch.full((1, k // 2), 0x99)  # twice a one
+        is_int4 = scheme is OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
+        one, most = (9, 15) if is_int4 else (2, 7)  # 7 and 6
+        x, weight = torch.full((1, k), 2.0**-9), torch.full((1, k // 2), one * 17)
         x[0, ::32] = torch.tensor([448.0, -448.0]).repeat(32)
-        weight[0, ::16] = 0x9F  # 7, and a one
-        group = torch.ones(1, k // 32).to(torch.float8_e4m3fn)
+        weight[0, ::16] = most + one * 16
+        group = torch.ones(1, k // 32).to(scheme.group_dtype)
         exact = (k - 64) * 2.0**-9
     elif scheme.weight_dtype == torch.int8:
         x, weight = torch.full((1, k), 127.0), torch.full((1, k), 127.0)

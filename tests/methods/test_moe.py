@@ -19,6 +19,7 @@ from moeq.methods.base import OnlineMoEMethodBase, Projection
 from moeq.methods.parameters import finite_scales
 from moeq.quantize import LARGEST, QMAX, amax, scale_from_amax
 from moeq.schemes import Granularity, OnlineQuantScheme
+from tests import four_bits
 from tests.methods.moe import Checkpoint, arrive, checkpoint, created, loaded, routing, stored
 from tests.quantized import quantized
 
@@ -294,7 +295,7 @@ def test_a_layer_of_zeros_has_scales_of_one(scheme: OnlineQuantScheme) -> None:
     method, layer = loaded(zeros, scheme)
     for scale in (layer.w13_scale, layer.w2_scale):
         assert torch.equal(scale, torch.ones_like(scale))
-    zero = 0 if scheme.group is None else 0x88
+    zero = 0x11 * four_bits.ZERO.get(scheme, 0)
     for codes in (layer.w13_codes, layer.w2_codes):
         assert bool((codes.float() == zero).all())
     for slot in range(2):
@@ -307,7 +308,7 @@ def test_experts_of_zeros_are_told_by_their_global_ids(scheme: OnlineQuantScheme
     method, layer = loaded(checkpoint(), scheme)
     assert method.empty_experts(layer) == []
     method._local = {4: 0, 7: 1, 9: 2}
-    zero = 0 if scheme.group is None else 0x88
+    zero = 0x11 * four_bits.ZERO.get(scheme, 0)
     for name in ("w13", "w2"):
         layer.get_parameter(f"{name}_codes").data[1:].fill_(zero)
         layer.get_parameter(f"{name}_scale").data[1:] = 1
@@ -334,9 +335,10 @@ def test_what_a_gpu_quantized_is_judged_by_its_scales(
 def test_codes_use_their_whole_range(scheme: OnlineQuantScheme) -> None:
     model: Checkpoint = checkpoint()
     _, layer = loaded(model, scheme)
-    if scheme.group is not None:  # all sixteen, in either half of a byte
+    if scheme.group is not None:  # all sixteen, in either half of a byte; mxfp4 has no -0
+        expected = [code for code in range(16) if code != 8 or scheme is INT4]
         for codes in (layer.w13_codes & 15, layer.w13_codes >> 4):
-            assert sorted(codes.unique().tolist()) == list(range(16))
+            assert sorted(codes.unique().tolist()) == expected
         return
     assert layer.w2_codes.float().abs().amax(dim=(1, 2)).tolist() == [QMAX[scheme.weight_dtype]] * 3
 
@@ -373,7 +375,7 @@ def test_dequantized_is_what_acts_of_an_expert(
             given = torch.cat([model.weights[expert, name] for name in names]).float()
             for found, exact in ((w13, given), (w2, model.weights[expert, "down"].float())):
                 assert found.shape == exact.shape
-                assert (found - exact).norm() <= 0.12 * exact.norm()
+                assert (found - exact).norm() <= 0.14 * exact.norm()
 
 
 # A part of every expert

@@ -54,8 +54,10 @@ def test_apply_stays_close_to_the_unquantized_layer(
     # a product with longer tails, by 1.2 %. e4m3 has 3 bits of mantissa: 2.6 % on average. All
     # that enters (weights twice, x, h) adds up in quadrature. Gate and up swapped, a bias lost,
     # or an expert taken for another are off by more than 30 %. Four bits: 8.4 % for each of three
-    # weights that an output is made of.
-    assert error < {torch.int8: 0.025, torch.uint8: 0.14}.get(scheme.weight_dtype, 0.06)
+    # weights that an output is made of, and 11.2 % where they are e2m1.
+    bounds = {torch.float8_e4m3fn: 0.14, torch.float8_e8m0fnu: 0.19}
+    by_code = {torch.int8: 0.025}.get(scheme.weight_dtype, 0.06)
+    assert error < bounds.get(scheme.group_dtype, by_code)  # type: ignore[arg-type]
 
 
 @EVERY_SCHEME

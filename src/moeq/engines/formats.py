@@ -34,7 +34,7 @@ from moeq.checkpoint.folder import (
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_structure import Target
 from moeq.errors import ConfigError, ModelError
-from moeq.int4 import groups
+from moeq.four_bits import groups
 from moeq.methods.parameters import parameter
 from moeq.plan import LayerPlan
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
@@ -136,6 +136,11 @@ class CompressedTensors:
                 raise ConfigError(
                     f"{name}: compressed-tensors has no experts with {scheme.value}",
                     hint="fp8_per_channel has it, and is more exact",
+                )
+            if scheme is OnlineQuantScheme.MXFP4_WEIGHT_ONLY:
+                raise ConfigError(
+                    f"{name}: {scheme.value} is not written as compressed-tensors",
+                    hint="write moeq's own format, or quantize to int4_per_group_weight_only",
                 )
             whole = scheme.group or _PACKED.get(scheme, 1)
             if any(k % whole for _, k in _shapes(plan)):

@@ -405,6 +405,7 @@ def _fill(layer: nn.Module) -> None:
             tensor.random_(-127, 128)
         elif tensor.dtype == torch.uint8:
             tensor.random_(0, 256)
-            layer.get_parameter(name.replace("codes", "group_scale")).data.fill_(16)
+            groups = layer.get_parameter(name.replace("codes", "group_scale")).data
+            groups.view(torch.uint8).fill_(0x58 if groups.dtype == torch.float8_e4m3fn else 131)
         else:
             tensor.copy_(torch.empty_like(tensor, dtype=torch.bfloat16).normal_(std=50))

@@ -15,8 +15,8 @@ depends on the dtype of codes and rows, and on how many rows share the cost of p
     fp8            CPUs have no fp8 units, so activations stay unquantized: more exact than the
                    scheme asks. Few rows meet codes decoded to fp16, where PyTorch's GEMV is
                    fast; more rows meet bf16 or fp32.
-    four bits      a tile of codes times their group scales, exact in bf16, then GEMM; codes that
-                   are arranged for it, `_weight_int4pack_mm_for_cpu` (`moeq.kernels.cpu_int4`).
+    four bits      a tile of codes times their group scales, exact in bf16, then GEMM; int4 codes
+                   arranged for it, `_weight_int4pack_mm_for_cpu` (`moeq.kernels.cpu_int4`).
     fp32, fp16     codes decoded to fp32.
 
 Scales are applied in fp32 to the outputs, except those of blocks, which are folded into the
@@ -37,10 +37,11 @@ import torch
 from torch import Tensor
 
 from moeq.experts import ExpertWeights
+from moeq.four_bits import decode
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.kernels.cpu_int4 import is_arranged, runs_of_arranged
 from moeq.quantize import SCALE_MIN
-from moeq.schemes import BLOCK, GROUP, Granularity, OnlineQuantScheme
+from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
 
 # Rows of a run up to which the first way of the module docstring is the faster one.
 # 2-core Zen 5 (AVX-512 VNNI), 64 cold experts of 1536x2048 and 2048x768, 1 and 2 threads.
@@ -157,7 +158,7 @@ def expert_linear(
         topk_ids: [T, k] integer; ids outside 0..E-1 give rows of zeros.
         weight: codes [E, N, code_columns(K)].
         scale: fp32, `scale_shape(scheme.granularity, [E, N, K], parts)`.
-        group: e4m3fn, `group_shape(scheme, [E, N, K])`, or None.
+        group: `scheme.group_dtype`, `group_shape(scheme, [E, N, K])`, or None.
         bias: [E, N] or None.
         scheme: what the codes mean.
         parts: projections stacked along N.
@@ -286,7 +287,7 @@ def _project(
     elif group is not None and is_arranged(codes):
         y = runs_of_arranged(rows, runs, codes, group).float()
     elif group is not None:
-        y = _int4_runs(rows, runs, codes, group).float()
+        y = _four_bit_runs(rows, runs, codes, group).float()
     else:
         y = _fp8_runs(rows, runs, matrices)
     match scheme.granularity:
@@ -335,7 +336,7 @@ def _weight_only_runs(rows: Tensor, runs: list[_Run], codes: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def _int4_runs(rows: Tensor, runs: list[_Run], codes: Tensor, group: Tensor) -> Tensor:
+def _four_bit_runs(rows: Tensor, runs: list[_Run], codes: Tensor, group: Tensor) -> Tensor:
     """bf16 or fp32 rows [R, K], codes [E, N, packed(K)], group scales [E, N, groups(K)] -> [R, N]
     in the dtype of the rows."""
     n, k = codes.shape[1], rows.shape[1]
@@ -343,8 +344,9 @@ def _int4_runs(rows: Tensor, runs: list[_Run], codes: Tensor, group: Tensor) -> 
     height = max(1, _TILE // max(k, 1))
     for expert, start, stop in runs:
         for i in range(0, n, height):
-            tile = _decode_int4(codes[expert, i : i + height], group[expert, i : i + height])
-            out[start:stop, i : i + height] = rows[start:stop] @ tile[:, :k].to(rows.dtype).t()
+            part = slice(i, i + height)
+            tile = decode(codes[expert, part], group[expert, part], torch.bfloat16)
+            out[start:stop, part] = rows[start:stop] @ tile[:, :k].to(rows.dtype).t()
     return out
 
 
@@ -415,14 +417,6 @@ def _decode_fp8(codes: Tensor, out: Tensor) -> Tensor:
     """
     wide = out[: len(codes)].view(torch.int16).copy_(codes.view(torch.int8))
     return wide.mul_(128).bitwise_and_(~0x4000).view(torch.float16)
-
-
-def _decode_int4(codes: Tensor, group: Tensor) -> Tensor:
-    """Codes [n, packed(K)] times group scales [n, groups(K)]: bf16 [n, 32 * groups(K)], exactly."""
-    tile = codes.new_empty(*codes.shape, 2, dtype=torch.bfloat16)
-    tile[..., 0].copy_(codes & 15)
-    tile[..., 1].copy_(codes >> 4)
-    return tile.view(*group.shape, GROUP).sub_(8).mul_(group.bfloat16()[..., None]).flatten(1)
 
 
 def _scale_by_row(scale: Tensor, n: int, parts: int) -> Tensor:

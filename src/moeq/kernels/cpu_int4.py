@@ -1,4 +1,4 @@
-"""Four-bit codes arranged for PyTorch's own product on CPUs, in place: the same bytes, elsewhere.
+"""int4 codes arranged for PyTorch's own product on CPUs, in place: the same bytes, elsewhere.
 
     y = x @ ((q - 8) * scale + zero).T        _weight_int4pack_mm_for_cpu, bf16, zero = 0 here
 
@@ -48,10 +48,17 @@ def is_arranged(codes: Tensor) -> bool:
     return codes.dtype == torch.int32
 
 
-def can_arrange(n: int, k: int) -> bool:
-    """Whether matrices [N, K] can lie so here."""
+def can_arrange(kind: torch.dtype, n: int, k: int) -> bool:
+    """Whether matrices [N, K] with group scales of such a dtype can lie so here."""
     rows = _block_rows()
-    return rows > 0 and n > 0 and k > 0 and n % rows == 0 and k % GROUP == 0
+    return (
+        kind == torch.float8_e4m3fn
+        and rows > 0
+        and n > 0
+        and k > 0
+        and n % rows == 0
+        and k % GROUP == 0
+    )
 
 
 def arrange(codes: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def expert_linear(
         topk_ids: [T, k] integer; ids outside 0..E-1 give rows of zeros.
         weight: codes [E, N, code_columns(K)].
         scale: fp32, `scale_shape(scheme.granularity, [E, N, K], parts)`.
-        group: e4m3fn, `group_shape(scheme, [E, N, K])`, or None.
+        group: `scheme.group_dtype`, `group_shape(scheme, [E, N, K])`, or None.
         bias: [E, N] or None.
         scheme: what the codes mean.
         parts: projections stacked along N.

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moeq import int4, ops
+from moeq import four_bits, ops
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import ExpertWeights, code_columns, scale_shape
 from moeq.kernels.activations import ACTIVATIONS
@@ -178,7 +178,8 @@ class OnlineMoEMethodBase:
         slots = torch.nonzero(torch.stack(ones).all(0))[:, 0].tolist() if ones else []
         codes = [parameter(layer, f"{name}_codes") for name in names]
         experts = list(self._local)
-        zero = int4.ZERO if self.scheme.group else 0
+        kind = self.scheme.group_dtype
+        zero = 0 if kind is None else four_bits.CODES[kind].ZERO
         return [experts[s] for s in slots if all(bool((c[s].float() == zero).all()) for c in codes)]
 
     @property

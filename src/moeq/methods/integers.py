@@ -14,12 +14,6 @@ class Int8OnlineMoEMethod(OnlineMoEMethodBase):
     scheme: ClassVar[OnlineQuantScheme] = OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY
 
 
-class Int4OnlineMoEMethod(OnlineMoEMethodBase):
-    """Weight-only, four bits to a code, a second scale to a group of columns (`moeq.int4`)."""
-
-    scheme: ClassVar[OnlineQuantScheme] = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
-
-
 class Int8W8A8OnlineMoEMethod(OnlineMoEMethodBase):
     """Activations become int8 too, one dynamic scale per token."""
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moeq import int4
+from moeq import four_bits
 from moeq.experts import scale_shape
 from moeq.quantize import amax, check_finite, quantize, scale_from_amax
 from moeq.schemes import Granularity
@@ -26,7 +26,7 @@ class Storage(NamedTuple):
     Attributes:
         codes: contiguous; its dtype and device decide.
         scales: fp32, contiguous.
-        groups: e4m3fn, contiguous, where codes have four bits. A group of a matrix lies where its
+        groups: contiguous, where codes have four bits. A group of a matrix lies where its
             codes do, in units of groups.
     """
 
@@ -114,11 +114,11 @@ def quantize_matrices(storage: Storage, places: Sequence[Place], granularity: Gr
             out = codes.view(-1)[at : at + weight.numel()].view(weight.shape)
             quantize(weight, scale, codes.dtype, granularity, out=out)
         else:
-            n, count = len(weight), int4.groups(weight.shape[1])
-            first = at // int4.GROUP_BYTES
+            n, count = len(weight), four_bits.groups(weight.shape[1])
+            first = at // four_bits.GROUP_BYTES
             mine = groups.view(-1)[first : first + n * count].view(n, count)
-            out = codes.view(-1)[at : at + mine.numel() * int4.GROUP_BYTES].view(n, -1)
-            int4.quantize(weight, scale, out, mine)
+            out = codes.view(-1)[at : at + mine.numel() * four_bits.GROUP_BYTES].view(n, -1)
+            four_bits.quantize(weight, scale, out, mine)
 
 
 def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity) -> None:
@@ -135,7 +135,7 @@ def _on_gpu(storage: Storage, places: Sequence[Place], granularity: Granularity)
         alike.setdefault(base.dtype, []).append(place)
     for group in alike.values():
         weights, at, scale_at, *_ = zip(*group)
-        groups_at = [] if groups is None else [first // int4.GROUP_BYTES for first in at]
+        groups_at = [] if groups is None else [first // four_bits.GROUP_BYTES for first in at]
         quantize_weights(weights, codes, scales, at, scale_at, granularity, groups, groups_at)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moeq import int4
+from moeq import four_bits
 from moeq.errors import CheckpointError, ModelError
 from moeq.experts import code_columns, group_shape, scale_shape
 from moeq.kernels import cpu_int4
@@ -39,7 +39,8 @@ def register_matrices(
     register_meta(layer, f"{name}_scale", grid, torch.float32)
     groups = group_shape(scheme, shape)
     if groups is not None:
-        register_meta(layer, f"{name}_group_scale", groups, torch.float8_e4m3fn)
+        assert scheme.group_dtype is not None
+        register_meta(layer, f"{name}_group_scale", groups, scheme.group_dtype)
 
 
 def storage(layer: nn.Module, name: str) -> Storage:
@@ -71,7 +72,7 @@ def arrange(layer: nn.Module, name: str, columns: int) -> None:
     codes, _, groups = found = _storage(layer, name)
     if groups is None or _is_arranged(found):
         return
-    if cpu_int4.can_arrange(codes.shape[-2], columns):
+    if cpu_int4.can_arrange(groups.dtype, codes.shape[-2], columns):
         _rearrange(layer, name, cpu_int4.arrange)
 
 
@@ -152,11 +153,9 @@ def _check_scale(scale: Tensor, name: str) -> None:
 
 
 def _check_group_scale(scale: Tensor, name: str) -> None:
-    """Of either sign, but normal numbers."""
-    magnitude = scale.view(torch.uint8) & 0x7F
-    if not bool(((magnitude >= int4.E4M3_LEAST) & (magnitude < 0x7F)).all()):
+    if not four_bits.CODES[scale.dtype].are_scales(scale):
         raise CheckpointError(
-            f"{name}: holds zeros, subnormal or non-finite numbers",
+            f"{name}: holds zeros, non-finite numbers or some too small for a quantizer",
             hint="the saved checkpoint is damaged; quantize the original again",
         )
 

@@ -124,7 +124,7 @@ def main(capability: str, shared_memory: str, *schemes: str) -> None:
                 scales = torch.empty(scale_shape(scheme.granularity, (256, wide)))
                 matrix = torch.zeros(256, wide, dtype=torch.bfloat16)
                 grid = group_shape(scheme, (256, wide))
-                groups = None if grid is None else torch.empty(grid, dtype=torch.float8_e4m3fn)
+                groups = None if grid is None else torch.empty(grid, dtype=scheme.group_dtype)
                 weights.quantize_weights(
                     [Span.of(matrix)], codes, scales, [0], [0], scheme.granularity, groups, [0]
                 )

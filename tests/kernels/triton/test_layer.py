@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moeq.experts import ExpertWeights
+from moeq.four_bits import decode
 from moeq.kernels import reference
 from moeq.kernels.activations import ACTIVATIONS
 from moeq.schemes import Granularity, OnlineQuantScheme
+from tests import four_bits
 from tests.kernels.layers import random_weights, route, truth
 from tests.kernels.triton.device import DEVICE, needs_gpu, to_device
 
@@ -58,6 +60,7 @@ SCHEMES = {
     "decode": OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY,
     "decode_block": OnlineQuantScheme.FP8_PER_BLOCK,
     "decode_groups": OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY,
+    "mxfp4": OnlineQuantScheme.MXFP4_WEIGHT_ONLY,
     "fp8": OnlineQuantScheme.FP8_PER_CHANNEL,
     "int8": OnlineQuantScheme.INT8_PER_CHANNEL,
     "fp8_block": OnlineQuantScheme.FP8_PER_BLOCK,
@@ -353,7 +356,10 @@ def test_integers_come_out_bit_for_bit(scheme: OnlineQuantScheme, t: int) -> Non
 
     def small(codes: Tensor) -> Tensor:
         if scheme.group is not None:
-            low, high = torch.randint(7, 10, (2, *codes.shape), dtype=torch.uint8)
+            ones = (
+                [7, 8, 9] if scheme is OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY else [2, 0, 10]
+            )
+            low, high = torch.tensor(ones, dtype=torch.uint8)[torch.randint(3, (2, *codes.shape))]
             return low | high << 4
         return torch.randint(-1, 2, codes.shape).to(codes.dtype)
 
@@ -445,7 +451,7 @@ def test_real_shapes_on_a_gpu(scheme: OnlineQuantScheme, e: int, k: int, h: int,
 
 
 @needs_gpu
-@pytest.mark.parametrize("family", ["decode", "decode_groups"])
+@pytest.mark.parametrize("family", ["decode", "decode_groups", "mxfp4"])
 def test_decoded_parts_for_very_many_rows(family: str) -> None:
     from moeq.kernels.triton.layer import LibraryPath
 
@@ -461,17 +467,19 @@ def test_decoded_parts_for_very_many_rows(family: str) -> None:
 
 
 @FLOATS
+@pytest.mark.parametrize("scheme", four_bits.SCHEMES, ids=lambda scheme: scheme.value)
 @pytest.mark.parametrize("k", [40, 136, 4160])
-def test_every_code_times_every_group_scale(dtype: torch.dtype, k: int) -> None:
+def test_every_code_times_every_group_scale(
+    dtype: torch.dtype, scheme: OnlineQuantScheme, k: int
+) -> None:
     """Products are exact, and so is a sum of one of them: x selects columns."""
-    from moeq import int4
     from moeq.kernels import triton
     from moeq.kernels.triton import library
 
-    scheme, n = SCHEMES["decode_groups"], 48
+    n = 48
     w = random_weights(scheme, 1, n, k, gated=False)
     assert w.w2_group is not None
-    exact = int4.decode(w.w2[0], w.w2_group[0])[:, :k]
+    exact = decode(w.w2[0], w.w2_group[0])[:, :k]
     scale, moved = torch.ones(n), to_device(w)
     assert moved.w2_group is not None
     for rows in (1, 70):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq import int4
+from moeq import four_bits
 from moeq.errors import NonFiniteError
 from moeq.experts import scale_shape
 from moeq.quantize import (
@@ -19,6 +19,7 @@ from moeq.quantize import (
 )
 from moeq.schemes import Granularity, OnlineQuantScheme
 from moeq.span import Span
+from tests.four_bits import SCHEMES
 from tests.kernels.triton.device import DEVICE, needs_gpu
 
 # The interpreter warns of NaN that the kernels pass on
@@ -135,16 +136,19 @@ def test_an_empty_matrix_has_scale_one(granularity: Granularity) -> None:
     assert bool((scale == 1).all())
 
 
-def check_groups(weight: Tensor, many: int = 1) -> None:
+FOUR_BITS = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.value)
+
+
+def check_groups(scheme: OnlineQuantScheme, weight: Tensor, many: int = 1) -> None:
     """Of `many` matrices, one above the other, in one launch and in no order; between them lie
     bytes that nobody may write."""
     from moeq.kernels.triton.weights import quantize_weights
 
     n, k = len(weight) // many, weight.shape[1]
-    scale = int4.row_scale(weight.abs().amax(1))
-    codes = torch.empty(len(weight), int4.packed(k), dtype=torch.uint8)
-    groups = torch.empty(len(weight), int4.groups(k), dtype=torch.float8_e4m3fn)
-    int4.quantize(weight, scale, codes, groups)
+    scale = four_bits.row_scale(weight.abs().amax(1))
+    codes = torch.empty(len(weight), four_bits.packed(k), dtype=torch.uint8)
+    groups = torch.empty(len(weight), four_bits.groups(k), dtype=scheme.group_dtype)
+    four_bits.quantize(weight, scale, codes, groups)
     found = torch.full((many, n + 1, codes.shape[1]), 3, dtype=torch.uint8, device=DEVICE)
     found_groups = torch.full((many, n + 1, groups.shape[1]), 3, dtype=torch.uint8, device=DEVICE)
     found_scale = torch.full((many, n), -1.0, device=DEVICE)
@@ -157,7 +161,7 @@ def check_groups(weight: Tensor, many: int = 1) -> None:
         [i * found[0].numel() for i in order],
         [i * n for i in order],
         Granularity.CHANNEL,
-        found_groups.view(torch.float8_e4m3fn),
+        found_groups.view(scheme.group_dtype),
         [i * found_groups[0].numel() for i in order],
     )
     assert torch.equal(found_scale.flatten().cpu(), scale)
@@ -167,51 +171,60 @@ def check_groups(weight: Tensor, many: int = 1) -> None:
     assert bool((found_groups[:, n] == 3).all())
 
 
+@FOUR_BITS
 @pytest.mark.parametrize("source", WEIGHT_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("many", "n", "k"), [(1, 1, 1), (3, 5, 33), (2, 66, 300), (1, 20, 768), (1, 3, 1104)]
 )
-def test_groups_the_same_bytes(source: torch.dtype, many: int, n: int, k: int) -> None:
+def test_groups_the_same_bytes(
+    scheme: OnlineQuantScheme, source: torch.dtype, many: int, n: int, k: int
+) -> None:
     sizes = torch.logspace(-30 if source != torch.float16 else -7, 3, many * n)
     weight = (torch.randn(many * n, k) * sizes[:, None]).to(source)
     weight[-1] *= -0.0
-    check_groups(weight, many)
+    check_groups(scheme, weight, many)
 
 
+@FOUR_BITS
 @pytest.mark.parametrize("power", [0, 100, -120, -135])
-def test_groups_of_all_sizes_in_a_row(power: int) -> None:
+def test_groups_of_all_sizes_in_a_row(scheme: OnlineQuantScheme, power: int) -> None:
     """Those far below the largest reach the smallest group scale; some are zero."""
     by_group = torch.exp2(torch.randint(-20, 3, (40, 20))).repeat_interleave(32, 1)
     weight = torch.randn(40, 640) * by_group
     weight[3] = 0.0
     weight[4, :32] = -0.0
     weight[5, 32:] = 0.0
-    check_groups(weight * 2.0**power)
-    check_groups((weight * 2.0**power).bfloat16())
+    check_groups(scheme, weight * 2.0**power)
+    check_groups(scheme, (weight * 2.0**power).bfloat16())
 
 
-def test_groups_of_equals() -> None:
+@FOUR_BITS
+def test_groups_of_equals(scheme: OnlineQuantScheme) -> None:
     """Weights half way between two codes, and groups with both largest weight and its opposite."""
-    check_groups(torch.randint(-20, 21, (64, 320)).float())
-    check_groups(torch.randint(-16, 17, (64, 320)).bfloat16())
+    check_groups(scheme, torch.randint(-20, 21, (64, 320)).float())
+    check_groups(scheme, torch.randint(-16, 17, (64, 320)).bfloat16())
 
 
-def test_groups_of_rows_that_no_program_holds() -> None:
-    check_groups(torch.randn(2, 20_000).bfloat16())
+@FOUR_BITS
+def test_groups_of_rows_that_no_program_holds(scheme: OnlineQuantScheme) -> None:
+    check_groups(scheme, torch.randn(2, 20_000).bfloat16())
 
 
+@FOUR_BITS
 @pytest.mark.parametrize("k", [140, 1100])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_shows_in_the_scale_above_groups(bad: float, k: int) -> None:
+def test_what_is_not_finite_shows_in_the_scale_above_groups(
+    scheme: OnlineQuantScheme, bad: float, k: int
+) -> None:
     from moeq.kernels.triton.weights import quantize_weights
 
     weight = torch.randn(6, k)
     weight[4, 135] = bad
     weight = weight.to(DEVICE)
     scale = torch.zeros(6, device=DEVICE)
-    codes = torch.empty(6, int4.packed(k), dtype=torch.uint8, device=DEVICE)
-    groups = torch.empty(6, int4.groups(k), dtype=torch.uint8, device=DEVICE)
-    operands = (codes, scale, [0], [0], Granularity.CHANNEL, groups.view(torch.float8_e4m3fn), [0])
+    codes = torch.empty(6, four_bits.packed(k), dtype=torch.uint8, device=DEVICE)
+    groups = torch.empty(6, four_bits.groups(k), dtype=torch.uint8, device=DEVICE)
+    operands = (codes, scale, [0], [0], Granularity.CHANNEL, groups.view(scheme.group_dtype), [0])
     quantize_weights([Span.of(weight)], *operands)
     with pytest.raises(NonFiniteError, match=r"\[4, 135\]"):
         check_finite(weight, scale, "w")
@@ -248,6 +261,9 @@ def test_the_same_bytes_at_full_size(
 
 
 @needs_gpu
+@FOUR_BITS
 @pytest.mark.parametrize("shape", [(1536, 2048), (2048, 768), (512, 14336), (2880, 2880)])
-def test_groups_the_same_bytes_at_full_size(shape: tuple[int, int]) -> None:
-    check_groups((torch.randn(shape) * 0.02).to(torch.bfloat16))
+def test_groups_the_same_bytes_at_full_size(
+    scheme: OnlineQuantScheme, shape: tuple[int, int]
+) -> None:
+    check_groups(scheme, (torch.randn(shape) * 0.02).to(torch.bfloat16))

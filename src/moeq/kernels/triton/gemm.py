@@ -13,8 +13,9 @@ How codes meet rows (`MATH`):
                in int32, exactly. fp8 accumulates with about 14 bits inside the tensor core; PROMOTE
                adds every BLOCK_K products to an fp32 accumulator instead.
     "decode"   codes become the dtype of the rows (exactly: int8 and e4m3 fit into bf16 and fp16)
-               and the scale is applied to the result. Codes of four bits (GROUPS, `moeq.int4`) are
-               multiplied by the scale of their group on the way, which is exact, too.
+               and the scale is applied to the result. Codes of four bits (GROUPS: "int4",
+               "mxfp4"; `moeq.four_bits`) are multiplied by the scale of their group on the way,
+               which is exact, too.
 
 Scales of blocks are applied once per 128 columns, as one factor per row of the accumulator and
 projection. SWAP computes the transposed product, so that few rows fill the narrow side of the
@@ -65,21 +66,55 @@ _UNPACK_FP16 = tl.constexpr(
 )
 
 
+def _unpack_e2m1(shift: int, mask: str, finish: str) -> str:
+    """The same for e2m1, which moved to where `shift` puts it is 2^-126 times its value in bf16,
+    2^-14 times in fp16, subnormals included."""
+    lines = [".reg .b32 even, zero;", "shl.b32 even, $4, 4;", "mov.b32 zero, 0x80008000;"]
+    for byte in range(4):
+        lines += [
+            f".reg .b32 sign{byte};",
+            f"prmt.b32 sign{byte}, even, $4, 0x{byte + 4}{byte + 4}{byte}{byte};",
+            f"shr.u32 ${byte}, sign{byte}, {shift};",
+            f"and.b32 ${byte}, ${byte}, {mask};",
+            f"lop3.b32 ${byte}, sign{byte}, 0x80008000, ${byte}, 0xEA;",
+            finish.replace("$pair", f"${byte}"),
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_UNPACK_E2M1_BF16 = tl.constexpr(
+    _unpack_e2m1(6, "0x01C001C0", "fma.rn.bf16x2 $pair, $pair, $5, zero;")
+)
+_UNPACK_E2M1_FP16 = tl.constexpr(_unpack_e2m1(3, "0x0E000E00", "mul.rn.f16x2 $pair, $pair, $5;"))
+
+MXFP4_LIFT = tl.constexpr(512.0)
+"""What products of `decode_groups` lack there, so that their scales fit into bf16 and fp16."""
+
+
 @triton.jit
-def decode_groups(codes, group, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Bytes [N, K / 2] of codes and e4m3 bits [N, K / 32] of group scales -> their products [N, K]
-    in fp16 or bf16, exactly. PTX: with half the instructions."""
+def decode_groups(codes, group, dtype: tl.constexpr, GROUPS: tl.constexpr, PTX: tl.constexpr):
+    """Bytes [N, K / 2] of codes and bits [N, K / 32] of group scales -> their products [N, K] in
+    fp16 or bf16, exactly, those of mxfp4 divided by `MXFP4_LIFT`. PTX: with half the
+    instructions."""
     COUNT: tl.constexpr = group.shape[1]
     codes = tl.reshape(codes, (codes.shape[0], COUNT, GROUP // 2))
-    wide = group.to(tl.int8, bitcast=True).to(tl.int16)
-    if dtype == tl.float16:
-        bits = (((wide << 7) & -16512) + 8192).to(tl.uint16, bitcast=True)
+    if GROUPS == "mxfp4":
+        if dtype == tl.float16:
+            bits = (tl.maximum(group.to(tl.int32) - 107, 0) << 10).to(tl.uint16)
+        else:
+            bits = ((group.to(tl.int16) + 117) << 7).to(tl.uint16, bitcast=True)
     else:
-        bits = (((wide << 4) & -30736) + 15360).to(tl.uint16, bitcast=True)
+        wide = group.to(tl.int8, bitcast=True).to(tl.int16)
+        if dtype == tl.float16:
+            bits = (((wide << 7) & -16512) + 8192).to(tl.uint16, bitcast=True)
+        else:
+            bits = (((wide << 4) & -30736) + 15360).to(tl.uint16, bitcast=True)
     if PTX:
         scale = bits.to(tl.uint32)
         pairs = tl.inline_asm_elementwise(
-            _UNPACK_FP16 if dtype == tl.float16 else _UNPACK_BF16,
+            (_UNPACK_E2M1_FP16 if dtype == tl.float16 else _UNPACK_E2M1_BF16)
+            if GROUPS == "mxfp4"
+            else (_UNPACK_FP16 if dtype == tl.float16 else _UNPACK_BF16),
             "=&r,=&r,=&r,=&r,r,r,r,r,r",
             [codes, (scale | (scale << 16))[:, :, None]],
             dtype=tl.uint32,
@@ -89,8 +124,17 @@ def decode_groups(codes, group, dtype: tl.constexpr, PTX: tl.constexpr):
         low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
         value = tl.join(low, high).to(dtype, bitcast=True)
     else:
-        value = tl.join(codes & 15, codes >> 4).to(tl.float32) - 8.0
-        value = (value * bits.to(dtype, bitcast=True).to(tl.float32)[:, :, None, None]).to(dtype)
+        value = tl.join(codes & 15, codes >> 4)
+        if GROUPS == "mxfp4":
+            place = (value & 7).to(tl.float32)
+            place = tl.maximum(tl.maximum(place * 0.5, place - 2.0), place * 2.0 - 8.0)
+            value = tl.where(value >= 8, -place, place)
+            lift = tl.where(group < 10, 0, group.to(tl.int32) - 9) << 23
+            scale = lift.to(tl.float32, bitcast=True)
+        else:
+            value = value.to(tl.float32) - 8.0
+            scale = bits.to(dtype, bitcast=True).to(tl.float32)
+        value = (value * scale[:, :, None, None]).to(dtype)
     return tl.reshape(value, (codes.shape[0], COUNT * GROUP))
 
 
@@ -187,7 +231,7 @@ def grouped_gemm(
     X_ROWS, OUT_ROWS: which rows of x and of out belong to sorted rows, see `_rows_of`. ACT ""
     applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N]. HALVES: see `_block_tile`; w is a
     tensor descriptor of [E * PARTS * N, K]. GROUPS: w has bytes [E, PARTS * N, packed(K)], and
-    w_group e4m3 bits [E, PARTS * N, groups(K)], a multiple of COUNT_BY.
+    w_group bits [E, PARTS * N, groups(K)], a multiple of COUNT_BY.
     """
     COLS: tl.constexpr = BLOCK_N // PARTS
     num_n = tl.cdiv(N, COLS)
@@ -288,10 +332,12 @@ def _tile(
     w_row = part * N + col
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    WIDTH: tl.constexpr = BLOCK_K // 2 if GROUPS else BLOCK_K  # of a tile of weights, in bytes
+    WIDTH: tl.constexpr = (
+        BLOCK_K // 2 if GROUPS != "" else BLOCK_K
+    )  # of a tile of weights, in bytes
     # Only what is aligned is copied asynchronously
     count = tl.multiple_of((K + (GROUP - 1)) // GROUP, COUNT_BY)
-    row_bytes = count * (GROUP // 2) if GROUPS else K
+    row_bytes = count * (GROUP // 2) if GROUPS != "" else K
     byte = tl.arange(0, WIDTH)
     w_ptrs = (
         w
@@ -315,7 +361,7 @@ def _tile(
         else:
             x_factor = tl.full((BLOCK_M,), 1.0, tl.float32)
 
-    if GROUPS:
+    if GROUPS != "":
         g = tl.arange(0, BLOCK_K // GROUP)
         group_ptrs = (
             w_group
@@ -343,7 +389,7 @@ def _tile(
             wk = tl.load(
                 w_ptrs, mask=byte[None, :] < row_bytes - k0 // (BLOCK_K // WIDTH), other=0.0
             )
-        if GROUPS:
+        if GROUPS != "":
             if AHEAD:
                 group = next_group
                 after = g[None, :] < count - (k0 + BLOCK_K) // GROUP
@@ -353,7 +399,7 @@ def _tile(
             else:
                 group = tl.load(group_ptrs, mask=g[None, :] < count - k0 // GROUP, other=0.0)
             group_ptrs += BLOCK_K // GROUP
-            wk = decode_groups(wk, group, x.dtype.element_ty, PTX)
+            wk = decode_groups(wk, group, x.dtype.element_ty, GROUPS, PTX)
         elif MATH == "decode":
             wk = decode_codes(wk, x.dtype.element_ty, FP8_BITS)
         if SWAP:
@@ -401,6 +447,8 @@ def _tile(
             by_col = tl.load(w_scale + expert * (PARTS * N) + w_row)
         if MATH == "codes":
             result = result * tl.load(x_scale + x_row)[:, None]
+        if GROUPS == "mxfp4":
+            by_col *= MXFP4_LIFT
         result = result * by_col[None, :]
     if HAS_BIAS:
         result += tl.load(bias + expert * (PARTS * N) + w_row).to(tl.float32)[None, :]

@@ -11,9 +11,10 @@ before the previous kernel has ended (PDL: programmatic dependent launch): they 
 Products are exact in fp32 (int32 for int8 x int8) and accumulated there, one partial sum for every
 column of a block, so nothing depends on the shape of a tile but the order of additions.
 
-Codes of four bits (GROUPS, `moeq.int4`) come as words of eight. A code becomes four bits in the
-mantissa of a number between 1 and 2, one operation each, and what that is more than the code is
-taken off once a word, for all rows of the weight: it depends on the activations alone.
+Codes of four bits (GROUPS) come as words of eight. An int4 becomes four bits in the mantissa of a
+number between 1 and 2, one operation each, and what that is more than the code is taken off once a
+word, for all rows of the weight: it depends on the activations alone. An e2m1 has its bits moved to
+where fp32 has them, which makes a tiny number of it, and the activations are made large.
 """
 
 from __future__ import annotations
@@ -52,19 +53,26 @@ def _by_block(x, factor):
 
 
 @triton.jit
-def _columns(x):
+def _columns(x, GROUPS: tl.constexpr):
     """x fp32 [S, K] as the columns of words, [S, K / 8] each, and what a word is to start with.
-    Those of even columns are 16 times as large, their codes lie 4 bits lower."""
+    int4: those of even columns are 16 times as large, their codes lie 4 bits lower. mxfp4: all are
+    2^60 times as large, for codes that are 2^-126 of theirs."""
+    if GROUPS == "mxfp4":
+        x *= 1152921504606846976.0
     x = tl.reshape(x, (x.shape[0], x.shape[1] // _EIGHT, 2, 2, 2))  # from the right: bit 0, 1, 2
     even, odd = tl.split(x)
-    even *= 16.0
+    if GROUPS == "int4":
+        even *= 16.0
     even, even2 = tl.split(even)
     odd, odd2 = tl.split(odd)
     x0, x4 = tl.split(even)
     x2, x6 = tl.split(even2)
     x1, x5 = tl.split(odd)
     x3, x7 = tl.split(odd2)
-    start = (x0 + x2 + x4 + x6) * -1.03125 + (x1 + x3 + x5 + x7) * -1.5
+    if GROUPS == "int4":
+        start = (x0 + x2 + x4 + x6) * -1.03125 + (x1 + x3 + x5 + x7) * -1.5
+    else:
+        start = tl.zeros_like(x0)
     return start, x0, x1, x2, x3, x4, x5, x6, x7
 
 
@@ -75,8 +83,25 @@ def _mantissa(bits, MASK: tl.constexpr):
 
 
 @triton.jit
-def _word_sums(words, group, start, x0, x1, x2, x3, x4, x5, x6, x7):
-    """Eight code * x / 16 of every word, added up and multiplied by its group scale (e4m3 bits)."""
+def _e2m1(bits):
+    """2^-126 times the code in the highest four."""
+    return ((bits & -2147483648) | ((bits >> 6) & 0x01C00000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _word_sums(words, group, start, x0, x1, x2, x3, x4, x5, x6, x7, GROUPS: tl.constexpr):
+    """Eight code * x of every word (int4: / 16), added up and multiplied by its group scale."""
+    if GROUPS == "mxfp4":
+        total = tl.fma(_e2m1(words << 28), x0, start)
+        total = tl.fma(_e2m1(words << 24), x1, total)
+        total = tl.fma(_e2m1(words << 20), x2, total)
+        total = tl.fma(_e2m1(words << 16), x3, total)
+        total = tl.fma(_e2m1(words << 12), x4, total)
+        total = tl.fma(_e2m1(words << 8), x5, total)
+        total = tl.fma(_e2m1(words << 4), x6, total)
+        total = tl.fma(_e2m1(words), x7, total)
+        lift = (group.to(tl.int32) + 66) << 23
+        return total * lift.to(tl.float32, bitcast=True)
     LOW: tl.constexpr = 0x00078000
     HIGH: tl.constexpr = 0x00780000
     bits = words << 15
@@ -146,9 +171,11 @@ def up(
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64) * K + k
-    WIDTH: tl.constexpr = BLOCK_K // _EIGHT if GROUPS else BLOCK_K  # of a tile, in elements of w
+    WIDTH: tl.constexpr = (
+        BLOCK_K // _EIGHT if GROUPS != "" else BLOCK_K
+    )  # of a tile, in elements of w
     count = tl.cdiv(K, GROUP)
-    length = count * (GROUP // _EIGHT) if GROUPS else K
+    length = count * (GROUP // _EIGHT) if GROUPS != "" else K
     j = tl.arange(0, WIDTH)
     w_ptrs = (
         w
@@ -156,7 +183,7 @@ def up(
         + row.to(tl.int64)[:, None] * length
         + j[None, :]
     )
-    if GROUPS:
+    if GROUPS != "":
         w_ptrs = tl.multiple_of(tl.max_contiguous(w_ptrs, (1, 2)), (4, 4))
     up_at = (tl.zeros((), tl.int64) + N) * length
     acc = tl.zeros((ROWS, WIDTH), tl.int32 if INTEGER else tl.float32)
@@ -166,7 +193,7 @@ def up(
     codes = tl.load(w_ptrs, mask=(j < length)[None, :], other=0.0)
     if PARTS == 2:
         up_codes = tl.load(w_ptrs + up_at, mask=(j < length)[None, :], other=0.0)
-    if GROUPS:
+    if GROUPS != "":
         g_ptrs = (
             w_group
             + (tl.zeros((), tl.int64) + PARTS * N) * count * expert
@@ -195,11 +222,13 @@ def up(
                 line += grid_n
                 factor = tl.load(w_scale + line * grid_k + b, mask=b < grid_k, other=0.0)
                 acc_up += _values(up_codes, FP8_BITS, INTEGER) * _by_block(xk, factor)[None, :]
-        elif GROUPS:
-            start, x0, x1, x2, x3, x4, x5, x6, x7 = _columns(xk[None, :])
-            acc += _word_sums(codes, group, start, x0, x1, x2, x3, x4, x5, x6, x7)
+        elif GROUPS != "":
+            start, x0, x1, x2, x3, x4, x5, x6, x7 = _columns(xk[None, :], GROUPS)
+            acc += _word_sums(codes, group, start, x0, x1, x2, x3, x4, x5, x6, x7, GROUPS)
             if PARTS == 2:
-                acc_up += _word_sums(up_codes, up_group, start, x0, x1, x2, x3, x4, x5, x6, x7)
+                acc_up += _word_sums(
+                    up_codes, up_group, start, x0, x1, x2, x3, x4, x5, x6, x7, GROUPS
+                )
         else:
             acc += _values(codes, FP8_BITS, INTEGER) * xk[None, :]
             if PARTS == 2:
@@ -210,14 +239,14 @@ def up(
         codes = tl.load(w_ptrs, mask=after, other=0.0)
         if PARTS == 2:
             up_codes = tl.load(w_ptrs + up_at, mask=after, other=0.0)
-        if GROUPS:
+        if GROUPS != "":
             g_ptrs += BLOCK_K // GROUP
             group = tl.load(g_ptrs, mask=after, other=0.0)
             if PARTS == 2:
                 up_group = tl.load(g_ptrs + group_up_at, mask=after, other=0.0)
 
     x_factor = tl.load(x_scale + x_row) if MATH == "codes" and SCALES != "block" else 1.0
-    if GROUPS:
+    if GROUPS == "int4":
         x_factor = 16.0
     base = expert * (PARTS * N)
     gate = tl.sum(acc, 1).to(tl.float32) * x_factor
@@ -283,11 +312,13 @@ def down(
     expert = tl.where(local, found, 0).to(tl.int32)
     pair = token * TOP_K + tl.minimum(slot, TOP_K - 1)
     k = tl.arange(0, BLOCK_K)
-    WIDTH: tl.constexpr = BLOCK_K // _EIGHT if GROUPS else BLOCK_K  # of a tile, in elements of w
+    WIDTH: tl.constexpr = (
+        BLOCK_K // _EIGHT if GROUPS != "" else BLOCK_K
+    )  # of a tile, in elements of w
     count = tl.cdiv(K, GROUP)
-    length = count * (GROUP // _EIGHT) if GROUPS else K
+    length = count * (GROUP // _EIGHT) if GROUPS != "" else K
     j = tl.arange(0, WIDTH)
-    if GROUPS:  # [ROWS, SLOTS, WIDTH], so that a thread has the same columns of several rows
+    if GROUPS != "":  # [ROWS, SLOTS, WIDTH], so that a thread has the same columns of several rows
         lines = expert.to(tl.int64)[None, :] * N + row.to(tl.int64)[:, None]
         w_ptrs = w + lines[:, :, None] * length + j[None, None, :]
         w_ptrs = tl.multiple_of(tl.max_contiguous(w_ptrs, (1, 2, 4)), (4, 4, 4))
@@ -318,11 +349,11 @@ def down(
                 h_line = h_scale + pair[:, None] * grid_k
                 factor *= tl.load(h_line + b, mask=b < grid_k, other=0.0)
             hk = _by_block(hk, factor)
-        if GROUPS:
-            start, x0, x1, x2, x3, x4, x5, x6, x7 = _columns(hk)
+        if GROUPS != "":
+            start, x0, x1, x2, x3, x4, x5, x6, x7 = _columns(hk, GROUPS)
             acc += _word_sums(
                 codes, group, start[None], x0[None], x1[None], x2[None], x3[None], x4[None],
-                x5[None], x6[None], x7[None],
+                x5[None], x6[None], x7[None], GROUPS,
             )  # fmt: skip
             g_ptrs += BLOCK_K // GROUP
             left = length - (k0 + BLOCK_K) // _EIGHT
@@ -336,8 +367,10 @@ def down(
         codes = tl.load(w_ptrs, mask=after, other=0.0)
 
     y = tl.sum(acc, 2).to(tl.float32)
-    if GROUPS:
-        y = tl.trans(y) * 16.0
+    if GROUPS != "":
+        y = tl.trans(y)
+    if GROUPS == "int4":
+        y *= 16.0
     if SCALES != "block" and MATH == "codes":
         y *= tl.load(h_scale + pair)[:, None]
     if SCALES == "tensor":

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moeq import int4
+from moeq import four_bits
 from moeq.experts import ExpertWeights, blocks
 from moeq.kernels.triton import gemm, gemv, library, rows
 from moeq.kernels.triton.routing import Routing, route
@@ -225,7 +225,7 @@ def run_gemm(
         PARTS=w.parts,
         ACT=activation,
         **_constants(w, x_scale, arithmetic),
-        COUNT_BY=math.gcd(int4.groups(w.k), 16),
+        COUNT_BY=math.gcd(four_bits.groups(w.k), 16),
         PTX=arithmetic.ptx,
         EVEN_K=w.k % config.block_k == 0,
         BLOCK_M=block_m,
@@ -370,6 +370,6 @@ def _constants(w: Projection, row_scale: Tensor | None, arithmetic: Arithmetic) 
         "SCALES": _SCALES[w.scheme.granularity],
         "MATH": "decode" if row_scale is None else "codes",
         "FP8_BITS": arithmetic.fp8_bits,
-        "GROUPS": w.group is not None,
+        "GROUPS": "" if w.group is None else rows.GROUPS[w.group.dtype],
         "HAS_BIAS": w.bias is not None,
     }

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moeq.experts import ExpertWeights
-from moeq.kernels.triton.gemm import activate, decode_groups
+from moeq.kernels.triton.gemm import MXFP4_LIFT, activate, decode_groups
 from moeq.kernels.triton.routing import route
-from moeq.kernels.triton.rows import GROUP, combine_rows
+from moeq.kernels.triton.rows import GROUP, GROUPS, combine_rows
 
 _ALIGN = 128
 """Rows of a part are a multiple of it."""
@@ -101,7 +101,7 @@ def _decode(
     else:
         decode_group_rows[grid](
             codes, group.view(torch.uint8), out, first, width, rows // parts, k,
-            PARTS=parts, WIDE=wide, PTX=codes.is_cuda, num_warps=4,
+            PARTS=parts, WIDE=wide, GROUPS=GROUPS[group.dtype], PTX=codes.is_cuda, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -171,9 +171,10 @@ def decode_rows(w, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.conste
 
 @triton.jit
 def decode_group_rows(
-    w, group, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.constexpr, PTX: tl.constexpr
-):
-    """w: bytes of [E, PARTS * N, K], group: e4m3 bits -> out bf16 [E, PARTS * WIDTH, K]."""
+    w, group, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """w: bytes of [E, PARTS * N, K], group: bits -> out bf16 [E, PARTS * WIDTH, K]."""
     r = tl.program_id(0)
     e = tl.program_id(2).to(tl.int64)
     source = e * (PARTS * N) + (r // WIDTH) * N + FIRST + r % WIDTH
@@ -185,5 +186,7 @@ def decode_group_rows(
     )
     scale = tl.load(group + source * count + g, mask=g < count, other=0)
     k = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
-    value = decode_groups(codes, scale, tl.bfloat16, PTX)
+    value = decode_groups(codes, scale, tl.bfloat16, GROUPS, PTX)
+    if GROUPS == "mxfp4":
+        value = (value.to(tl.float32) * MXFP4_LIFT).to(tl.bfloat16)
     tl.store(out + (e * (PARTS * WIDTH) + r) * K + k, value, mask=k < K)

@@ -6,12 +6,16 @@ of every token in fp32, in the order of its slots: the same bits from run to run
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = tl.constexpr(128)
 GROUP = tl.constexpr(32)
+
+GROUPS = {torch.float8_e4m3fn: "int4", torch.float8_e8m0fnu: "mxfp4"}
+"""What kernels call codes of four bits, by the dtype of their group scales."""
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)
 SCALE_MIN = tl.constexpr(1.1754943508222875e-38)

@@ -4,8 +4,8 @@
     channel   a program does so with whole rows; rows that are too long for that it reads twice
     tensor    amax first (a maximum needs no order, so programs may meet in one word), then codes,
               from the end: what was read last is still in L2; the rest is read twice
-    groups    `moeq.int4`: as channel; a thread holds whole groups, so that sums over them, four
-              candidates each, need no other thread
+    groups    `moeq.four_bits`: as channel; a thread holds whole groups, so that sums over them,
+              for every candidate, need no other thread
 
 A table says where the matrices are, so that the experts of a layer, or what a chunk of
 a checkpoint brings, cost one launch and not hundreds.
@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moeq.experts import scale_shape
-from moeq.int4 import GROUP_BYTES, packed
-from moeq.int4 import groups as groups_of
+from moeq.four_bits import GROUP_BYTES, packed
+from moeq.four_bits import groups as groups_of
 from moeq.kernels.triton.plans import FP8_CAPABILITY, gpu
-from moeq.kernels.triton.rows import BLOCK, GROUP, SCALE_MIN, encode, magnitude, scale_of
+from moeq.kernels.triton.rows import BLOCK, GROUP, GROUPS, SCALE_MIN, encode, magnitude, scale_of
 from moeq.schemes import Granularity
 from moeq.span import Span
 
@@ -40,6 +40,9 @@ _ROW, _ROWS = 1 << 14, 1 << 12
 _E4M3_BIAS = tl.constexpr(120 << 3)
 _E4M3_LEAST = tl.constexpr(0x08)
 """As in `moeq.int4`."""
+
+_E8M0_LEAST = tl.constexpr(10)
+"""As in `moeq.mxfp4`."""
 
 
 def knows(device: torch.device, dtype: torch.dtype) -> bool:
@@ -69,7 +72,7 @@ def quantize_weights(
         scales_at: likewise of `scales`, `scale_shape(granularity, (N, K))`. Under
             `Granularity.TENSOR` matrices with the same scale share its amax.
         granularity: what shares a scale.
-        groups: e4m3fn, contiguous: codes have four bits; written.
+        groups: a key of `four_bits.CODES`, contiguous: codes have four bits; written.
         groups_at: of every matrix, the element of `groups` where its own N * groups(K) begin.
     """
     n, k = weights[0].shape
@@ -108,7 +111,8 @@ def quantize_weights(
             _groups[(triton.cdiv(n, height), many)](
                 rows, first, codes.view(-1).view(torch.int32), scales, groups.view(torch.uint8),
                 n, k, groups_of(k),
-                HEIGHT=height, WIDE=wide, ONCE=wide >= k, ALIGNED=aligned, num_warps=warps,
+                HEIGHT=height, WIDE=wide, ONCE=wide >= k, ALIGNED=aligned,
+                GROUPS=GROUPS[groups.dtype], num_warps=warps,
             )  # fmt: skip
             return
         match granularity:
@@ -232,6 +236,7 @@ def _encode(table, w, codes, scale, bits, size, TILE: tl.constexpr, ALIGNED: tl.
 def _groups(
     table, w, codes, scale, groups, N, K, COUNT,
     HEIGHT: tl.constexpr, WIDE: tl.constexpr, ONCE: tl.constexpr, ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """HEIGHT rows of COUNT groups, WIDE columns at a time; codes: words of eight."""
     w = _place(w, table, tl.program_id(1), 0, ALIGNED)
@@ -254,11 +259,11 @@ def _groups(
     tl.store(scale + n, by_row, mask=n < N)
     inverse = (0x7F000000 - by_row.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     if ONCE:
-        _store_groups(a, b, c, d, inverse, codes, groups, n, 0, N, COUNT)
+        _store_groups(a, b, c, d, inverse, codes, groups, n, 0, N, COUNT, GROUPS)
     else:
         for k0 in range(0, K, WIDE):
             a, b, c, d = _group_chunks(w, n, k0, N, K, WIDE)
-            _store_groups(a, b, c, d, inverse, codes, groups, n, k0 // GROUP, N, COUNT)
+            _store_groups(a, b, c, d, inverse, codes, groups, n, k0 // GROUP, N, COUNT, GROUPS)
 
 
 @triton.jit
@@ -304,8 +309,80 @@ def _amax_of(a, b, c, d):
 
 
 @triton.jit
-def _store_groups(a, b, c, d, inverse, codes, groups, n, g0, N, COUNT):
-    """`moeq.int4.quantize` of chunks of columns, under the reciprocals of the scales of rows."""
+def _store_groups(
+    a, b, c, d, inverse, codes, groups, n, g0, N, COUNT, GROUPS: tl.constexpr
+):  # fmt: skip
+    """`moeq.four_bits.quantize` of chunks of columns, under the reciprocals of the scales of
+    rows."""
+    if GROUPS == "mxfp4":
+        byte, words = _mxfp4(a, b, c, d, inverse)
+    else:
+        byte, words = _int4(a, b, c, d, inverse)
+    g = g0 + tl.arange(0, byte.shape[1])
+    at = n.to(tl.int64)[:, None] * COUNT + g[None, :]
+    mask = (n < N)[:, None] & (g < COUNT)[None, :]
+    tl.store(groups + at, byte.to(tl.uint8), mask=mask)
+    tl.store(codes + at[:, :, None] * 4 + tl.arange(0, 4), words, mask=mask[:, :, None])
+
+
+@triton.jit
+def _mxfp4(a, b, c, d, inverse):
+    """`moeq.mxfp4.encode`: group scales, and four words of codes."""
+    amax = _amax_of(a, b, c, d)
+    x, y = _halves(amax)
+    x, y = _halves(tl.maximum(x, y))
+    x, y = tl.split(tl.maximum(x, y))
+    bits = magnitude(tl.maximum(x, y) * inverse[:, None])
+    exponent = tl.maximum(bits >> 23, _E8M0_LEAST + 2)
+    lift = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+    a = _rounded(a * inverse[:, None, None] * lift[:, :, None])
+    b = _rounded(b * inverse[:, None, None] * lift[:, :, None])
+    c = _rounded(c * inverse[:, None, None] * lift[:, :, None])
+    d = _rounded(d * inverse[:, None, None] * lift[:, :, None])
+    narrow = _e2m1_square(a, 256.0) + _e2m1_square(b, 256.0)
+    narrow += _e2m1_square(c, 256.0)
+    narrow += _e2m1_square(d, 256.0)
+    wide = _e2m1_square(a, 512.0) + _e2m1_square(b, 512.0)
+    wide += _e2m1_square(c, 512.0)
+    wide += _e2m1_square(d, 512.0)
+    wider = tl.sum(wide, 2) < tl.sum(narrow, 2)
+    step = tl.where(wider, 0.001953125, 0.00390625)[:, :, None]
+    words = tl.join(
+        tl.join(_e2m1_words(a, step), _e2m1_words(c, step)),
+        tl.join(_e2m1_words(b, step), _e2m1_words(d, step)),
+    )
+    byte = exponent - 2 + wider.to(tl.int32)
+    return byte, tl.reshape(words, (byte.shape[0], byte.shape[1], 4))
+
+
+@triton.jit
+def _e2m1_place(x, inverse):
+    """The magnitude of x in steps, as a place among those that codes have: a concave function of
+    pieces that are straight."""
+    x = tl.abs(x) * inverse
+    return tl.minimum(tl.minimum(tl.minimum(x * 2.0, x + 2.0), x * 0.5 + 4.0), 7.0)
+
+
+@triton.jit
+def _e2m1_square(x, STEP: tl.constexpr):
+    """The squared error of x under a step."""
+    place = _rounded(_e2m1_place(x, 1.0 / STEP))
+    value = tl.maximum(tl.maximum(place * 0.5, place - 2.0), place * 2.0 - 8.0)
+    error = tl.abs(x) - value * STEP
+    return error * error
+
+
+@triton.jit
+def _e2m1_words(x, inverse):
+    """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]."""
+    place = _e2m1_place(x, inverse) + 12582912.0
+    sign = tl.where((x < 0) & (place > 12582912.0), 8, 0)
+    return _packed(place.to(tl.int32, bitcast=True) + sign)
+
+
+@triton.jit
+def _int4(a, b, c, d, inverse):
+    """`moeq.int4.encode`: group scales, and four words of codes."""
     high = _highest(a, b, c, d) * inverse[:, None]
     low = _highest(-a, -b, -c, -d) * inverse[:, None]
     bits = magnitude(tl.maximum(high, low))
@@ -337,12 +414,8 @@ def _store_groups(a, b, c, d, inverse, codes, groups, n, g0, N, COUNT):
         tl.join(_words(a, by_group), _words(c, by_group)),
         tl.join(_words(b, by_group), _words(d, by_group)),
     )
-    words = tl.reshape(words, (least.shape[0], least.shape[1], 4))
-    g = g0 + tl.arange(0, least.shape[1])
-    at = n.to(tl.int64)[:, None] * COUNT + g[None, :]
-    mask = (n < N)[:, None] & (g < COUNT)[None, :]
-    tl.store(groups + at, (byte | tl.where(high >= low, 0x80, 0)).to(tl.uint8), mask=mask)
-    tl.store(codes + at[:, :, None] * 4 + tl.arange(0, 4), words, mask=mask[:, :, None])
+    byte |= tl.where(high >= low, 0x80, 0)
+    return byte, tl.reshape(words, (byte.shape[0], byte.shape[1], 4))
 
 
 @triton.jit
@@ -364,9 +437,14 @@ def _square(x, value, fifteenth):
 def _words(x, by_group):
     """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]."""
     quotient = tl.minimum(tl.maximum(x * by_group, -8.0), 7.0)
-    # As an integer 0x4B400000 and 8 more than the code; what eight of the first add up to is taken
-    # off at once.
-    even, odd = _halves((quotient + 12582920.0).to(tl.int32, bitcast=True))
+    return _packed((quotient + 12582920.0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _packed(codes):
+    """Eight codes, each with 0x4B400000 more than its own: as fp32 it had 1.5 * 2^23 more. What
+    eight of that add up to is taken off at once."""
+    even, odd = _halves(codes)
     even, odd = _halves(even + odd * 16)
     even, odd = tl.split(even + odd * 256)
     return even + odd * 65536 - 0x3F400000
