@@ -504,3 +504,16 @@ def test_memory_is_that_of_a_window(
         if not out:
             assert planned <= final + 64e6
             assert peak <= planned + 8e6  # what the allocator keeps
+
+
+def test_what_was_mxfp4_keeps_its_values(tmp_path: Path) -> None:
+    ours, theirs = MXFP4.write(tmp_path)
+    model = moeq.load(ours, OnlineQuantizationConfig("mxfp4_weight_only", linear="none"))
+    exact = tensors_of(theirs)
+    for name in MXFP4.architecture.experts:
+        layer = model.get_submodule(name)
+        gate_up, down = (exact[f"{name}.{w}_proj"].float().mT for w in ("gate_up", "down"))
+        for expert in range(len(down)):
+            w13, w2 = layer._moeq_method.dequantized(layer, expert)
+            assert torch.equal(w13, torch.cat((gate_up[expert, 0::2], gate_up[expert, 1::2])))
+            assert torch.equal(w2, down[expert])
