@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeq.schemes import Granularity, OnlineQuantScheme
-from tests import e4m3, int4
+from tests import e4m3, four_bits
 from tests.quantized import quantized as quantized_by_moeq
 
 TINY = [[1.0, -0.5, 0.25, 3.0], [0.0, -7.0, 1.75, 0.875]]
@@ -24,7 +24,15 @@ FP8_AS_ONE = [[0x68, 0xE0, 0x58, 0x74], [0x00, 0xFE, 0x6E, 0x66]]
 # 96 of the last, and others. Row 1: -7 is -8 times 224 (0x76), and the others are multiples too.
 # Codes + 8, the even column low: 5 9, 7 0; 8 0, 10 9; then 8 8 where nothing is.
 INT4_BY_ROW = [[0x95, 0x07] + [0x88] * 14, [0x08, 0x9A] + [0x88] * 14]
-INT4_GROUPS = [[0xF4], [0x76]]
+
+# Row 0: halves, 2 -1 .5 6, exactly. Row 1: ones, 0 -6 2 1, off by 1, 1/4, 1/8; under twos -4 1 .5
+# are as far off. A scale is 2^8 of its row's.
+MXFP4_BY_ROW = [[0xA4, 0x71] + [0x00] * 14, [0xF0, 0x24] + [0x00] * 14]
+
+GROUPS = {
+    "int4_per_group_weight_only": [[0xF4], [0x76]],
+    "mxfp4_weight_only": [[0x87], [0x87]],
+}
 
 GOLDEN = {
     "int8_per_channel_weight_only": (INT8_BY_ROW, [3 / 127, 7 / 127]),
@@ -33,6 +41,7 @@ GOLDEN = {
     "fp8_per_tensor": (FP8_AS_ONE, 7 / 448),
     "fp8_per_block": (FP8_AS_ONE, [[7 / 448]]),
     "int4_per_group_weight_only": (INT4_BY_ROW, [2.0**-9, 2.0**-8]),
+    "mxfp4_weight_only": (MXFP4_BY_ROW, [2.0**-9, 2.0**-8]),
 }
 
 
@@ -61,7 +70,7 @@ def test_a_tiny_matrix_has_exactly_these_bytes(name: str, dtype: torch.dtype) ->
     np.testing.assert_array_equal(scale, np.array(want_scale).astype(np.float32), strict=True)
     assert (group is None) is (scheme.group is None)
     if group is not None:
-        assert group.tolist() == INT4_GROUPS
+        assert group.tolist() == GROUPS[name]
 
 
 def test_int8_rounds_ties_to_even() -> None:
@@ -85,7 +94,7 @@ def by_hand(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """What `quantized` gives for one matrix: group by group, in numpy's fp32."""
     if scheme.group is not None:
-        codes, groups, scales = int4.encode(weight)
+        codes, groups, scales = four_bits.encode(weight, scheme)
         return codes, scales, groups
     int8 = scheme.weight_dtype == torch.int8
     qmax = np.float32(127 if int8 else 448)

@@ -28,6 +28,7 @@ TABLE = {
     "fp8_per_block": (FP8, Granularity.BLOCK, True, ("moe", "linear"), None),
     "int8_per_channel": (INT8, Granularity.CHANNEL, True, ("moe", "linear"), None),
     "int4_per_group_weight_only": (INT4, Granularity.CHANNEL, False, ("moe", "linear"), 32),
+    "mxfp4_weight_only": (INT4, Granularity.CHANNEL, False, ("moe", "linear"), 32),
 }
 
 
@@ -74,6 +75,7 @@ def test_parse_takes_names_and_schemes(name: str) -> None:
         ("int8_weight_only", "int8_per_channel_weight_only"),
         ("int4_weight_only", "int4_per_group_weight_only"),
         ("int4", "int4_per_group_weight_only"),
+        ("mxfp4", "mxfp4_weight_only"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(wrong: str, meant: str) -> None:

@@ -83,6 +83,7 @@ def quantize(weight: Tensor, scale: Tensor, codes: Tensor, group_scale: Tensor) 
 def decode(codes: Tensor, group_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`code * group_scale` of codes [..., N, packed(K)], exactly: [..., N, 32 * groups(K)] in fp32
     or bf16."""
+    assert codes.dtype == torch.uint8, codes.dtype
     pairs = _pairs(group_scale.dtype, dtype, codes.device)
     values = pairs.index_select(0, codes.reshape(-1).int()).view(dtype)
     grouped = values.view(*group_scale.shape, GROUP).mul_(group_scale.to(dtype)[..., None])

@@ -73,7 +73,8 @@ class OnlineQuantScheme(enum.Enum):
             return cls(name)
         except ValueError:
             known = [scheme.value for scheme in cls]
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            alike = [o for o in known if o.partition("_")[0] == str(name).partition("_")[0]]
+            near = difflib.get_close_matches(str(name), alike or known, n=1, cutoff=0.4)
             near = near or [other for other in known if name and other.startswith(str(name))]
             raise UnknownSchemeError(
                 f"unknown quantization scheme {name!r}",

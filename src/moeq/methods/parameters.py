@@ -155,7 +155,7 @@ def _check_scale(scale: Tensor, name: str) -> None:
 def _check_group_scale(scale: Tensor, name: str) -> None:
     if not four_bits.CODES[scale.dtype].are_scales(scale):
         raise CheckpointError(
-            f"{name}: holds zeros, non-finite numbers or some too small for a quantizer",
+            f"{name}: holds zeros, subnormal or non-finite numbers",
             hint="the saved checkpoint is damaged; quantize the original again",
         )
 
