@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moeq.four_bits
+from moeq import mxfp4
 from moeq.quantize import LARGEST, amax, dequantize
 from moeq.schemes import Granularity, OnlineQuantScheme
 from tests import four_bits
@@ -221,6 +222,19 @@ def test_decode_takes_any_number_of_dimensions(scheme: OnlineQuantScheme) -> Non
     assert (found.shape, found.dtype) == ((2, 3, 5, 96), torch.float32)
     expected = four_bits.decode(scheme, of.codes.numpy(), bits(of.group).numpy())
     np.testing.assert_array_equal(found.double().numpy(), expected)
+
+
+@FOUR_BITS
+def test_the_bytes_do_not_depend_on_the_default_dtype(scheme: OnlineQuantScheme) -> None:
+    weight = randn(40, 100)
+    expected = quantized(weight, scheme)
+    mxfp4._tables.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads
+    try:
+        assert_same(quantized(weight, scheme), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        mxfp4._tables.cache_clear()
 
 
 @FOUR_BITS

@@ -93,7 +93,7 @@ def decode(codes: Tensor, group_scale: Tensor, dtype: torch.dtype = torch.float3
 @functools.cache
 def _pairs(kind: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What each byte holds, as two numbers of `dtype` in one integer: [256]."""
-    byte, values = torch.arange(256), torch.tensor(CODES[kind].VALUES)
+    byte, values = torch.arange(256), torch.tensor(CODES[kind].VALUES, dtype=torch.float32)
     pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1).to(dtype)
     word = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
     return pairs.view(word).flatten().to(device)

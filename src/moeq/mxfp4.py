@@ -64,9 +64,10 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     `_STEPS`, uint8 [2 * n], of two the even one; and the square of what is missing, under the
     second 2^32 times as much, int64 [n]."""
     x = torch.arange(-_LARGEST, _LARGEST + 1)
+    values = torch.tensor(VALUES, dtype=torch.float32)  # whatever the default is
     codes, errors = [], []
     for step in _STEPS:
-        distance = (x[:, None] - step * torch.tensor(VALUES)).abs()
+        distance = (x[:, None] - step * values).abs()
         nearest = (2 * distance + torch.arange(16) % 2).argmin(1)  # the first: no negative zero
         codes.append(nearest.to(torch.uint8))
         errors.append(distance.gather(1, nearest[:, None])[:, 0].square().long())
