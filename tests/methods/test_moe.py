@@ -375,7 +375,8 @@ def test_dequantized_is_what_acts_of_an_expert(
             given = torch.cat([model.weights[expert, name] for name in names]).float()
             for found, exact in ((w13, given), (w2, model.weights[expert, "down"].float())):
                 assert found.shape == exact.shape
-                assert (found - exact).norm() <= 0.14 * exact.norm()
+                most = 0.14 if scheme is OnlineQuantScheme.MXFP4_WEIGHT_ONLY else 0.12
+                assert (found - exact).norm() <= most * exact.norm()
 
 
 # A part of every expert
