@@ -20,16 +20,17 @@ import math
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_kernels import SHAPES, graph_us, quantized
-from moeq import int4
+from moeq import four_bits
 from moeq.experts import ExpertWeights
-from moeq.kernels.triton import layer
-from moeq.kernels.triton.layer import Gemm
+from moeq.kernels.triton import layer, plans
+from moeq.kernels.triton.layer import Gemm, Gemv
 from moeq.kernels.triton.routing import route
 from moeq.schemes import Granularity, OnlineQuantScheme
 
@@ -38,7 +39,8 @@ RANGES = (1.6, 4.5, 16, 48, 256, 1024, 1e9)
 
 NAMES = {
     "decode": "decode",
-    "groups": "decode_groups",
+    "int4": "decode_groups",
+    "mxfp4": "decode_groups",
     "fp8": "fp8",
     "int8": "int8",
     "block": "fp8_block",
@@ -79,11 +81,15 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
             64: gemms(middle, groups=(16,), tails=(0, 32)),
             128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16, 32), tails=(0, 32, 64)),
         }
-    if family == "groups":
-        low = [(64, 256, 4, 3), (128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 4, 3)]
-        low += [(128, 256, 8, 3), (256, 128, 8, 3)]
+    if family in ("int4", "mxfp4"):
+        low = [(64, 256, 4, 3), (64, 256, 4, 4), (128, 128, 4, 4), (128, 256, 4, 3)]
+        few_warps = [(64, 256, 2, 3), (64, 256, 2, 4), (64, 512, 2, 3), (128, 256, 2, 3)]
+        few_warps += [(32, 256, 1, 4), (32, 512, 1, 4), (64, 512, 2, 4), (128, 256, 2, 4)]
+        few_warps += [(64, 1024, 2, 2), (32, 512, 2, 4), (128, 512, 2, 2)]
         return {
-            16: gemms(low),
+            8: gemms(few_warps, swaps=(True,)),
+            16: gemms(few_warps, swaps=(True,)) + gemms(low),
+            32: gemms(few_warps, swaps=(True,)) + gemms(low),
             64: gemms([(128, 64, 4, 4), (128, 128, 4, 3)], groups=(16,), tails=(0, 32)),
             128: gemms([(128, 64, 4, 3), (128, 64, 4, 4)], groups=(16,), tails=(0, 32)),
         }
@@ -115,7 +121,8 @@ def candidates(family: str) -> dict[int, list[Gemm]]:
 
 FAMILIES = {
     "decode": OnlineQuantScheme.INT8_PER_CHANNEL_WEIGHT_ONLY,
-    "groups": OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY,
+    "int4": OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY,
+    "mxfp4": OnlineQuantScheme.MXFP4_WEIGHT_ONLY,
     "fp8": OnlineQuantScheme.FP8_PER_CHANNEL,
     "int8": OnlineQuantScheme.INT8_PER_CHANNEL,
     "block": OnlineQuantScheme.FP8_PER_BLOCK,
@@ -136,6 +143,15 @@ def compile_one(job: tuple[str, int, Gemm]) -> str:
     except Exception as error:  # noqa: BLE001
         return f"{job}: {str(error)[:120]}"
     return ""
+
+
+def compile_all(compile_one: Callable[[Any], str], jobs: list[Any]) -> None:
+    started = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        for line in pool.imap_unordered(compile_one, jobs):
+            if line:
+                print("does not run:", line, flush=True)
+    print(f"{len(jobs)} candidates compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def run_both(weights: ExpertWeights, block_m: int, config: Gemm, t: int) -> None:
@@ -183,7 +199,7 @@ def error_of(call, config: Gemm, routing, k: int, is_up: bool) -> float:
         pairs = routing.pairs[offsets[e] : offsets[e + 1]].long()
         source = pairs // k if is_up else torch.arange(offsets[e], offsets[e + 1], device="cuda")
         a = rows[source].float()
-        weight = w.codes[e].float() if w.group is None else int4.decode(w.codes[e], w.group[e])
+        weight = w.codes[e].float() if w.group is None else four_bits.decode(w.codes[e], w.group[e])
         if w.scheme.granularity is Granularity.BLOCK:
             a *= scale[source].repeat_interleave(128, 1)[:, : a.shape[1]]
             grids = w.scale[e].view(w.parts, -1, w.scale.shape[-1])
@@ -204,40 +220,75 @@ def error_of(call, config: Gemm, routing, k: int, is_up: bool) -> float:
     return worst
 
 
-def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
+def gemv_candidates(family: str, top_k: int) -> list[tuple[bool, Gemv]]:
+    """(of up or of down, tiling) of the kernels for one token: what gives a thread some codes."""
+    grouped = FAMILIES[family].group is not None
+    columns = (128, 256, 512, 1024, 2048) if grouped else (128, 256, 512, 1024)
+    least, most = (64, 512) if grouped else (16, 64)
+    return [
+        (is_up, Gemv(rows, block_k, warps))
+        for is_up, rows, block_k, warps in itertools.product(
+            (True, False), (1, 2, 4, 8, 16), columns, (1, 2, 4)
+        )
+        if least <= (2 if is_up else top_k) * rows * block_k / (32 * warps) <= most
+    ]
+
+
+def compile_gemv(job: tuple[str, int, int, bool, Gemv]) -> str:
+    family, e, k, is_up, config = job
+    torch.cuda.set_device(0)
+    w13, w2 = layer.projections(quantized(FAMILIES[family], e, 512, 512))
+    try:
+        gemv_calls(w13, w2, k)[not is_up](routings(1, e, k, 1)[0], config)
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001
+        return f"{job}: {str(error)[:120]}"
+    return ""
+
+
+def gemv_calls(w13: layer.Projection, w2: layer.Projection, k: int):
+    """(up, down): functions of ids and a tiling."""
+    x = torch.randn(1, w13.k, dtype=torch.bfloat16, device="cuda")
+    mid = torch.randn(k, w2.k, dtype=torch.bfloat16, device="cuda")
+    factors = torch.rand(1, k, device="cuda")
+    a, b = (layer.quantized(v, w, ON, pdl=False) for v, w in ((x, w13), (mid, w2)))
+
+    def up(ids: torch.Tensor, config: Gemv) -> None:
+        layer.gemv_up(*a, ids, w13, torch.empty_like(mid), "silu", config, ON, pdl=True)
+
+    def down(ids: torch.Tensor, config: Gemv) -> None:
+        layer.gemv_down(*b, ids, factors, w2, torch.empty_like(x), config, ON)
+
+    return up, down
+
+
+def search_gemv(families: list[str], shapes: list[str], seconds: float) -> list[dict[str, Any]]:
     """Time the kernels for one token: rows and columns of a program, and its warps."""
+    started = time.perf_counter()
+    jobs = [
+        (family, 16 if SHAPES[name][0] % 16 == 0 else 8, SHAPES[name][1], *candidate)
+        for name, family in itertools.product(shapes, families)
+        for candidate in gemv_candidates(family, SHAPES[name][1])
+    ]
+    compile_all(compile_gemv, jobs)
     results = []
     for name, family in itertools.product(shapes, families):
         e, k, h, i = SHAPES[name]
         w13, w2 = layer.projections(quantized(FAMILIES[family], e, h, i))
         routed = routings(1, e, k, 16)
-        x = torch.randn(1, h, dtype=torch.bfloat16, device="cuda")
-        mid = torch.randn(k, i, dtype=torch.bfloat16, device="cuda")
-        factors = torch.rand(1, k, device="cuda")
-        a, b = (layer.quantized(v, w, ON, pdl=False) for v, w in ((x, w13), (mid, w2)))
-        columns = (128, 256, 512, 1024, 2048) if w13.group is not None else (128, 256, 512, 1024)
-        for is_up, rows, block_k, warps in itertools.product(
-            (True, False), (1, 2, 4, 8), columns, (1, 2, 4)
-        ):
-            least, most = (32, 128) if w13.group is not None else (16, 64)
-            if not least <= (2 if is_up else k) * rows * block_k / (32 * warps) <= most:
-                continue
-            config = layer.Gemv(rows, block_k, warps)
-
-            def up(ids, config=config, a=a, w13=w13, mid=mid) -> None:
-                layer.gemv_up(*a, ids, w13, mid, "silu", config, ON, pdl=True)
-
-            def down(ids, config=config, b=b, w2=w2, x=x, factors=factors) -> None:
-                layer.gemv_down(*b, ids, factors, w2, torch.empty_like(x), config, ON)
-
-            us = graph_us([functools.partial(up if is_up else down, ids) for ids in routed])
+        calls = gemv_calls(w13, w2, k)
+        for is_up, config in gemv_candidates(family, k):
+            if time.perf_counter() - started > seconds:
+                break
+            call = calls[not is_up]
+            us = graph_us([functools.partial(call, ids, config) for ids in routed])
             row = {"gemv": True, "shape": name, "family": family, "up": is_up, "us": us}
-            results.append({**row, "top_k": k, "tiling": [rows, block_k, warps]})
+            results.append({**row, "top_k": k, "tiling": list(dataclasses.astuple(config))})
         for is_up in (True, False):
             mine = [
                 r for r in results if (r["shape"], r["family"], r["up"]) == (name, family, is_up)
             ]
-            best = sorted(mine, key=lambda row: row["us"])[:4]
+            best = sorted(mine, key=lambda row: row["us"])[:6]
             shown = " | ".join(f"{row['us']:.1f} us {row['tiling']}" for row in best)
             print(f"{name} {family} {'up' if is_up else 'down'}: {shown}", flush=True)
     return results
@@ -245,9 +296,9 @@ def search_gemv(families: list[str], shapes: list[str]) -> list[dict[str, Any]]:
 
 def ship_gemv(rows: list[dict[str, Any]], tables: dict[str, Any]) -> None:
     """One tiling for up; for down one by the number of slots that were measured."""
-    for family in {row["family"] for row in rows}:
-        mine = [row for row in rows if row["family"] == family]
-        table = tables[NAMES[family]]["gemv"]
+    for name in {NAMES[row["family"]] for row in rows}:
+        mine = [row for row in rows if NAMES[row["family"]] == name]
+        table = tables[name]["gemv"]
 
         def best(rows: list[dict[str, Any]]) -> list[int]:
             times: dict[tuple[int, ...], list[float]] = {}
@@ -289,39 +340,51 @@ def ship(files: list[str]) -> None:
         for row in rows:
             if "gemv" in row or row["error"] > WRONG:
                 continue
-            case = (row["shape"], row["tokens"])
-            limit = next(r for r in RANGES if rows_per_expert(*case) <= r)
+            case = (row["shape"], row["tokens"], row["family"])
+            limit = next(r for r in RANGES if rows_per_expert(*case[:2]) <= r)
             config = Gemm(**{name: row[name] for name in fields})
-            found = times.setdefault((row["family"], limit), {})
+            found = times.setdefault((NAMES[row["family"]], limit), {})
             by_case = found.setdefault((row["block_m"], row["up"]), {}).setdefault(config, {})
             by_case[case] = min(row["us"], by_case.get(case, math.inf))
     for (family, limit), found in sorted(times.items()):
         cases = {case for configs in found.values() for us in configs.values() for case in us}
+        deep = {case for case in cases if SHAPES[case[0]][3] > plans.DEEP}
+        parts = {"up": cases, "down": cases - deep, "deep": deep}
         choices = []
         for block_m in sorted({block_m for block_m, _ in found}):
-            halves = [
-                min(
+            best = {
+                name: min(
                     (
-                        (sum(math.log(us[case]) for case in cases), index, config)
-                        for index, (config, us) in enumerate(found.get((block_m, up), {}).items())
-                        if us.keys() == cases
+                        (sum(math.log(us[case]) for case in mine), index, config)
+                        for index, (config, us) in enumerate(
+                            found.get((block_m, name == "up"), {}).items()
+                        )
+                        if mine <= us.keys()
                     ),
                     default=None,
                 )
-                for up in (True, False)
-            ]
-            if all(halves):
-                times_of = [found[block_m, up][h[2]] for up, h in zip((True, False), halves)]
-                both = sum(math.log(sum(us[case] for us in times_of)) for case in cases)
-                choices.append((both, block_m, halves[0][2], halves[1][2]))
+                for name, mine in parts.items()
+                if mine
+            }
+            if "down" in best and all(best.values()):
+                both = sum(
+                    math.log(
+                        found[block_m, True][best["up"][2]][case]
+                        + found[block_m, False][best["deep" if case in deep else "down"][2]][case]
+                    )
+                    for case in cases
+                )
+                configs = {name: config for name, (_, _, config) in best.items()}
+                choices.append((both, block_m, configs))
         if not choices:
             print(f"{family} up to {limit} rows: incomplete, kept")
             continue
-        _, block_m, up, down = min(choices)
-        entry = {"rows": limit, "block_m": block_m, "up": changed(up), "down": changed(down)}
-        rows = [row for row in tables[NAMES[family]]["gemm"] if row["rows"] != limit]
-        tables[NAMES[family]]["gemm"] = sorted([*rows, entry], key=lambda row: row["rows"])
-        print(f"{family} up to {limit} rows: {block_m} | {short(up)} | {short(down)}")
+        _, block_m, configs = min(choices, key=lambda choice: choice[0])
+        entry = {"rows": limit, "block_m": block_m}
+        entry |= {name: changed(config) for name, config in configs.items()}
+        rows = [row for row in tables[family]["gemm"] if row["rows"] != limit]
+        tables[family]["gemm"] = sorted([*rows, entry], key=lambda row: row["rows"])
+        print(f"{family} up to {limit} rows: {block_m}", *map(short, configs.values()), sep=" | ")
     path.write_text(json.dumps(tables, indent=1) + "\n")
 
 
@@ -341,7 +404,8 @@ def main() -> None:
     parser.add_argument("--out", default="tune.json")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[8, 32, 128, 512, 2048, 8192])
-    parser.add_argument("--least-block-m", type=int, default=16)
+    parser.add_argument("--least-block-m", type=int, default=8)
+    parser.add_argument("--most-block-m", type=int, default=128)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["qwen3", "mixtral"])
     parser.add_argument("--seconds", type=float, default=420, help="stop measuring after")
     args = parser.parse_args()
@@ -351,20 +415,16 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
     if args.gemv:
-        Path(args.out).write_text(json.dumps(search_gemv(args.families, args.shapes)))
+        Path(args.out).write_text(json.dumps(search_gemv(args.families, args.shapes, args.seconds)))
         return
     jobs = [
         (f, bm, c)
         for f in args.families
         for bm, cs in candidates(f).items()
-        if bm >= args.least_block_m
+        if args.least_block_m <= bm <= args.most_block_m
         for c in cs
     ]
-    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
-        for line in pool.imap_unordered(compile_one, jobs):
-            if line:
-                print("does not run:", line, flush=True)
-    print(f"{len(jobs)} candidates compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    compile_all(compile_one, jobs)
     results = []
     for name, family in itertools.product(args.shapes, args.families):
         e, k, h, i = SHAPES[name]
@@ -375,9 +435,9 @@ def main() -> None:
             ids = routings(t, e, k, n)
             best: dict[tuple[int, bool], tuple[float, Gemm]] = {}
             for block_m, configs in candidates(family).items():
-                too_low = block_m < 128 and mean > (40 if block_m == 16 else 8 * block_m)
+                too_low = block_m < 128 and mean > (40 if block_m <= 16 else 8 * block_m)
                 too_high = block_m > 16 and mean < block_m / 4
-                if too_low or too_high or block_m < args.least_block_m:
+                if too_low or too_high or not args.least_block_m <= block_m <= args.most_block_m:
                     continue
                 made = [route(x, e, block_m) for x in ids]
                 calls = [products(weights, x, r, block_m, t, k) for x, r in zip(ids, made)]

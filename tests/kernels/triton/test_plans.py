@@ -69,6 +69,24 @@ def test_decoded_parts_only_where_the_library_has_the_product(
     assert isinstance(choose(DEVICE, W8A16, torch.bfloat16, few), GemmPath)
 
 
+def test_deep_weights_may_have_tilings_of_their_own() -> None:
+    from moeq.kernels.triton import plans
+    from moeq.kernels.triton.layer import GemmPath
+
+    scheme = OnlineQuantScheme.INT4_PER_GROUP_WEIGHT_ONLY
+    at, above = (
+        plans.choose(DEVICE, scheme, torch.bfloat16, (16, 2, 8, 4096, i))
+        for i in (plans.DEEP, plans.DEEP + 1)
+    )
+    assert isinstance(at, GemmPath)
+    assert isinstance(above, GemmPath)
+    assert above.up == at.up
+    assert above.down != at.down
+    entry = next(row for row in plans._tilings()["decode_groups"]["gemm"] if row["rows"] >= 4.1)
+    assert above.down.block_k == entry["deep"]["block_k"]
+    assert at.down.block_k == entry["down"]["block_k"]
+
+
 @EVERY_SCHEME
 @pytest.mark.parametrize("kib", [64, 99, 163, 227])
 def test_tilings_shrink_until_they_fit(scheme: OnlineQuantScheme, kib: int) -> None:
@@ -82,7 +100,7 @@ def test_tilings_shrink_until_they_fit(scheme: OnlineQuantScheme, kib: int) -> N
         sizes = plans._sizes(scheme, arithmetic, torch.bfloat16)
         assert plans.least_shared_memory(scheme, arithmetic, torch.bfloat16) <= 99 << 10
         for row in plans._tilings()[plans._family(scheme, arithmetic)]["gemm"]:
-            for name in ("up", "down"):
+            for name in row.keys() & {"up", "down", "deep"}:
                 asked = Gemm(**row[name])
                 got = plans.fitted(asked, row["block_m"], sizes, limit)
                 taken = plans.shared_memory(got, row["block_m"], sizes)

@@ -87,7 +87,7 @@ def expert_linear(
     w = layer.Projection(scheme, weight, scale, group, bias, parts, depth)
     ids = _ids(topk_ids)
     rows = x.reshape(t * j, depth).contiguous()
-    path = plans.choose(x.device, scheme, x.dtype, (t, k, e, depth, n // parts), library=False)
+    path = plans.choose(x.device, scheme, x.dtype, (t, k, e, n // parts, depth), library=False)
     with torch.cuda.device_of(x):
         a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
         if isinstance(path, layer.GemvPath):
@@ -124,7 +124,7 @@ def linear(
     arithmetic = plans.arithmetic(x.device, scheme)
     groups, biases = (None if tensor is None else tensor[None] for tensor in (group, bias))
     w = layer.Projection(scheme, weight[None], scale[None], groups, biases, 1, depth)
-    path = plans.choose(x.device, scheme, x.dtype, (len(rows), 1, 1, depth, n), library=False)
+    path = plans.choose(x.device, scheme, x.dtype, (len(rows), 1, 1, n, depth), library=False)
     with torch.cuda.device_of(x):
         a, a_scale = layer.quantized(rows, w, arithmetic, pdl=False)
         if isinstance(path, layer.GemvPath):

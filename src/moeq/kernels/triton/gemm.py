@@ -19,8 +19,9 @@ How codes meet rows (`MATH`):
 
 Scales of blocks are applied once per 128 columns, as one factor per row of the accumulator and
 projection. SWAP computes the transposed product, so that few rows fill the narrow side of the
-tensor core's tile; only for "codes", because decoded weights as left operand would be read from
-registers, which ptxas before 13.3 compiles wrongly for Hopper (triton issue 9433).
+tensor core's tile. With four warps or more it is only for "codes": decoded weights as left operand
+would be read from registers, which ptxas before 13.3 compiles wrongly for Hopper (triton issue
+9433); fewer warps use the instructions of Ampere.
 
 Legend: R sorted rows, E experts, N rows of one projection, K columns; see `moeq.experts`.
 """
@@ -30,128 +31,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moeq.kernels.triton.decode import (
+    MXFP4_LIFT,
+    WORD,
+    WORDS,
+    decode_codes,
+    decode_words,
+    own_groups,
+)
 from moeq.kernels.triton.rows import BLOCK, GROUP
-
-
-def _unpack(magic: str, start: str, *finish: str) -> str:
-    """PTX for four bytes in $4 to four pairs. PRMT brings the halves of a byte to the low ends of
-    16 bits each; `magic` makes numbers of them, 128 + 8 + code in bf16, 1024 + 8 + code in fp16."""
-    lines = [".reg .b32 high, minus, zero;", "shr.u32 high, $4, 4;", start]
-    for byte in range(4):
-        lines += [
-            f"prmt.b32 ${byte}, $4, high, 0x0{byte + 4}0{byte};",
-            f"lop3.b32 ${byte}, ${byte}, 0x000F000F, {magic}, 0xEA;",
-            *(line.replace("$pair", f"${byte}") for line in finish),
-        ]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-# 136 times a group scale has few enough bits for bf16, so one operation subtracts and multiplies
-_UNPACK_BF16 = tl.constexpr(
-    _unpack(
-        "0x43004300",
-        "mov.b32 minus, 0xC308C308; mov.b32 zero, 0x80008000;"
-        " fma.rn.bf16x2 minus, $5, minus, zero;",
-        "fma.rn.bf16x2 $pair, $pair, $5, minus;",
-    )
-)
-# 1032 times one may be too large for fp16
-_UNPACK_FP16 = tl.constexpr(
-    _unpack(
-        "0x64006400",
-        "mov.b32 minus, 0xE408E408;",
-        "add.rn.f16x2 $pair, $pair, minus;",
-        "mul.rn.f16x2 $pair, $pair, $5;",
-    )
-)
-
-
-def _unpack_e2m1(shift: int, mask: str, finish: str) -> str:
-    """The same for e2m1, which moved to where `shift` puts it is 2^-126 times its value in bf16,
-    2^-14 times in fp16, subnormals included."""
-    lines = [".reg .b32 even, zero;", "shl.b32 even, $4, 4;", "mov.b32 zero, 0x80008000;"]
-    for byte in range(4):
-        lines += [
-            f".reg .b32 sign{byte};",
-            f"prmt.b32 sign{byte}, even, $4, 0x{byte + 4}{byte + 4}{byte}{byte};",
-            f"shr.u32 ${byte}, sign{byte}, {shift};",
-            f"and.b32 ${byte}, ${byte}, {mask};",
-            f"lop3.b32 ${byte}, sign{byte}, 0x80008000, ${byte}, 0xEA;",
-            finish.replace("$pair", f"${byte}"),
-        ]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-_UNPACK_E2M1_BF16 = tl.constexpr(
-    _unpack_e2m1(6, "0x01C001C0", "fma.rn.bf16x2 $pair, $pair, $5, zero;")
-)
-_UNPACK_E2M1_FP16 = tl.constexpr(_unpack_e2m1(3, "0x0E000E00", "mul.rn.f16x2 $pair, $pair, $5;"))
-
-MXFP4_LIFT = tl.constexpr(512.0)
-"""What products of `decode_groups` lack there, so that their scales fit into bf16 and fp16."""
-
-
-@triton.jit
-def decode_groups(codes, group, dtype: tl.constexpr, GROUPS: tl.constexpr, PTX: tl.constexpr):
-    """Bytes [N, K / 2] of codes and bits [N, K / 32] of group scales -> their products [N, K] in
-    fp16 or bf16, exactly, those of mxfp4 divided by `MXFP4_LIFT`. PTX: with half the
-    instructions."""
-    COUNT: tl.constexpr = group.shape[1]
-    codes = tl.reshape(codes, (codes.shape[0], COUNT, GROUP // 2))
-    if GROUPS == "mxfp4":
-        if dtype == tl.float16:
-            bits = (tl.maximum(group.to(tl.int32) - 107, 0) << 10).to(tl.uint16)
-        else:
-            bits = ((group.to(tl.int16) + 117) << 7).to(tl.uint16, bitcast=True)
-    else:
-        wide = group.to(tl.int8, bitcast=True).to(tl.int16)
-        if dtype == tl.float16:
-            bits = (((wide << 7) & -16512) + 8192).to(tl.uint16, bitcast=True)
-        else:
-            bits = (((wide << 4) & -30736) + 15360).to(tl.uint16, bitcast=True)
-    if PTX:
-        scale = bits.to(tl.uint32)
-        pairs = tl.inline_asm_elementwise(
-            (_UNPACK_E2M1_FP16 if dtype == tl.float16 else _UNPACK_E2M1_BF16)
-            if GROUPS == "mxfp4"
-            else (_UNPACK_FP16 if dtype == tl.float16 else _UNPACK_BF16),
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [codes, (scale | (scale << 16))[:, :, None]],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=4,
-        )
-        low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
-        value = tl.join(low, high).to(dtype, bitcast=True)
-    else:
-        value = tl.join(codes & 15, codes >> 4)
-        if GROUPS == "mxfp4":
-            place = (value & 7).to(tl.float32)
-            place = tl.maximum(tl.maximum(place * 0.5, place - 2.0), place * 2.0 - 8.0)
-            value = tl.where(value >= 8, -place, place)
-            lift = tl.where(group < 10, 0, group.to(tl.int32) - 9) << 23
-            scale = lift.to(tl.float32, bitcast=True)
-        else:
-            value = value.to(tl.float32) - 8.0
-            scale = bits.to(dtype, bitcast=True).to(tl.float32)
-        value = (value * scale[:, :, None, None]).to(dtype)
-    return tl.reshape(value, (codes.shape[0], COUNT * GROUP))
-
-
-@triton.jit
-def decode_codes(codes, dtype: tl.constexpr, FP8_BITS: tl.constexpr):
-    """int8 or fp8 codes as fp16, bf16 or fp32, exactly. FP8_BITS: e4m3 as int8 bits, for GPUs that
-    have no such type: the bits move to where bf16 (fp16) has them, and a power of two corrects the
-    exponent's bias, subnormals included."""
-    if FP8_BITS:
-        wide = codes.to(tl.int16)
-        if dtype == tl.float16:
-            return ((wide << 7) & -16385).to(tl.float16, bitcast=True) * 256.0
-        else:
-            value = ((wide << 4) & -30736).to(tl.bfloat16, bitcast=True).to(tl.float32)
-            return (value * 1.329227995784916e36).to(dtype)
-    else:
-        return codes.to(dtype)
 
 
 @triton.jit
@@ -230,7 +118,7 @@ def grouped_gemm(
 
     X_ROWS, OUT_ROWS: which rows of x and of out belong to sorted rows, see `_rows_of`. ACT ""
     applies nothing; with PARTS == 2 and ACT "" out is [*, 2 * N]. HALVES: see `_block_tile`; w is a
-    tensor descriptor of [E * PARTS * N, K]. GROUPS: w has bytes [E, PARTS * N, packed(K)], and
+    tensor descriptor of [E * PARTS * N, K]. GROUPS: w has words [E, PARTS * N, 4 * groups(K)], and
     w_group bits [E, PARTS * N, groups(K)], a multiple of COUNT_BY.
     """
     COLS: tl.constexpr = BLOCK_N // PARTS
@@ -332,18 +220,17 @@ def _tile(
     w_row = part * N + col
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-    WIDTH: tl.constexpr = (
-        BLOCK_K // 2 if GROUPS != "" else BLOCK_K
-    )  # of a tile of weights, in bytes
+    # Of a tile of weights and of their rows, in elements of w
+    WIDTH: tl.constexpr = BLOCK_K // WORD if GROUPS != "" else BLOCK_K
     # Only what is aligned is copied asynchronously
     count = tl.multiple_of((K + (GROUP - 1)) // GROUP, COUNT_BY)
-    row_bytes = count * (GROUP // 2) if GROUPS != "" else K
-    byte = tl.arange(0, WIDTH)
+    length = count * WORDS if GROUPS != "" else K
+    element = tl.arange(0, WIDTH)
     w_ptrs = (
         w
-        + (tl.zeros((), tl.int64) + PARTS * N) * row_bytes * expert
-        + w_row.to(tl.int64)[:, None] * row_bytes
-        + byte[None, :]
+        + (tl.zeros((), tl.int64) + PARTS * N) * length * expert
+        + w_row.to(tl.int64)[:, None] * length
+        + element[None, :]
     )
 
     if SCALES == "block":
@@ -386,9 +273,8 @@ def _tile(
             wk = tl.load(w_ptrs)
         else:
             xk = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
-            wk = tl.load(
-                w_ptrs, mask=byte[None, :] < row_bytes - k0 // (BLOCK_K // WIDTH), other=0.0
-            )
+            rest = length - k0 // (BLOCK_K // WIDTH)
+            wk = tl.load(w_ptrs, mask=element[None, :] < rest, other=0.0)
         if GROUPS != "":
             if AHEAD:
                 group = next_group
@@ -399,7 +285,9 @@ def _tile(
             else:
                 group = tl.load(group_ptrs, mask=g[None, :] < count - k0 // GROUP, other=0.0)
             group_ptrs += BLOCK_K // GROUP
-            wk = decode_groups(wk, group, x.dtype.element_ty, GROUPS, PTX)
+            wk = decode_words(wk, group, x.dtype.element_ty, GROUPS, PTX)
+            if SWAP:
+                xk, wk = own_groups(xk), own_groups(wk)
         elif MATH == "decode":
             wk = decode_codes(wk, x.dtype.element_ty, FP8_BITS)
         if SWAP:

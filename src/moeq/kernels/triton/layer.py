@@ -226,7 +226,6 @@ def run_gemm(
         ACT=activation,
         **_constants(w, x_scale, arithmetic),
         COUNT_BY=math.gcd(four_bits.groups(w.k), 16),
-        PTX=arithmetic.ptx,
         EVEN_K=w.k % config.block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -260,13 +259,11 @@ def gemv_up(
     ids all rows belong to the one expert there is."""
     pairs = out.shape[0]
     pdl = pdl and arithmetic.pdl
-    codes, *operands = _operands(w, arithmetic)
     gemv.up[(triton.cdiv(w.n, config.rows), pairs)](
         x,
         x if x_scale is None else x_scale,
         x if topk_ids is None else topk_ids,
-        _words(codes, w),
-        *operands,
+        *_operands(w, arithmetic),
         out,
         w.codes.shape[0],
         w.n,
@@ -298,14 +295,12 @@ def gemv_down(
 ) -> None:
     """One `gemv.down`: h [P, K] -> out [T, N]."""
     t, k = topk_ids.shape
-    codes, *operands = _operands(w, arithmetic)
     gemv.down[(triton.cdiv(w.n, config.rows), t)](
         h,
         h if h_scale is None else h_scale,
         topk_ids,
         topk_weights,
-        _words(codes, w),
-        *operands,
+        *_operands(w, arithmetic),
         out,
         w.codes.shape[0],
         w.n,
@@ -350,18 +345,16 @@ def quantized(
 
 
 def _operands(w: Projection, arithmetic: Arithmetic) -> tuple[Tensor, ...]:
-    """Codes, scale, group scales and bias as kernels take them; what is absent is some tensor,
-    never read."""
+    """Codes (of four bits: words of eight), scale, group scales and bias as kernels take them; what
+    is absent is some tensor, never read."""
     for tensor in (w.codes, w.scale, w.group, w.bias):
         assert tensor is None or tensor.is_contiguous(), tensor.stride()
-    codes = w.codes.view(torch.int8) if arithmetic.fp8_bits else w.codes
-    group = w.scale if w.group is None else w.group.view(torch.uint8)
+    codes, group = w.codes, w.scale
+    if w.group is not None:
+        codes, group = codes.view(torch.int32), w.group.view(torch.uint8)
+    elif arithmetic.fp8_bits:
+        codes = codes.view(torch.int8)
     return codes, w.scale, group, w.scale if w.bias is None else w.bias
-
-
-def _words(codes: Tensor, w: Projection) -> Tensor:
-    """Codes of four bits by eight, as `gemv` takes them."""
-    return codes if w.group is None else codes.view(torch.int32)
 
 
 def _constants(w: Projection, row_scale: Tensor | None, arithmetic: Arithmetic) -> dict[str, Any]:
@@ -371,5 +364,6 @@ def _constants(w: Projection, row_scale: Tensor | None, arithmetic: Arithmetic) 
         "MATH": "decode" if row_scale is None else "codes",
         "FP8_BITS": arithmetic.fp8_bits,
         "GROUPS": "" if w.group is None else rows.GROUPS[w.group.dtype],
+        "PTX": arithmetic.ptx,
         "HAS_BIAS": w.bias is not None,
     }

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moeq.experts import ExpertWeights
-from moeq.kernels.triton.gemm import MXFP4_LIFT, activate, decode_groups
+from moeq.kernels.triton.decode import MXFP4_LIFT, WORD, WORDS, decode_words
+from moeq.kernels.triton.gemm import activate
 from moeq.kernels.triton.routing import route
 from moeq.kernels.triton.rows import GROUP, GROUPS, combine_rows
 
@@ -100,7 +101,7 @@ def _decode(
         )
     else:
         decode_group_rows[grid](
-            codes, group.view(torch.uint8), out, first, width, rows // parts, k,
+            codes.view(torch.int32), group.view(torch.uint8), out, first, width, rows // parts, k,
             PARTS=parts, WIDE=wide, GROUPS=GROUPS[group.dtype], PTX=codes.is_cuda, num_warps=4,
         )  # fmt: skip
     return out
@@ -174,19 +175,17 @@ def decode_group_rows(
     w, group, out, FIRST, WIDTH, N, K, PARTS: tl.constexpr, WIDE: tl.constexpr,
     GROUPS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """w: bytes of [E, PARTS * N, K], group: bits -> out bf16 [E, PARTS * WIDTH, K]."""
+    """w: words of [E, PARTS * N, K], group: bits -> out bf16 [E, PARTS * WIDTH, K]."""
     r = tl.program_id(0)
     e = tl.program_id(2).to(tl.int64)
     source = e * (PARTS * N) + (r // WIDTH) * N + FIRST + r % WIDTH
     count = tl.cdiv(K, GROUP)
     g = tl.program_id(1) * (WIDE // GROUP) + tl.arange(0, WIDE // GROUP)[None, :]
-    byte = tl.program_id(1) * (WIDE // 2) + tl.arange(0, WIDE // 2)[None, :]
-    codes = tl.load(
-        w + source * (count * (GROUP // 2)) + byte, mask=byte < count * (GROUP // 2), other=0
-    )
+    word = tl.program_id(1) * (WIDE // WORD) + tl.arange(0, WIDE // WORD)[None, :]
+    codes = tl.load(w + source * (count * WORDS) + word, mask=word < count * WORDS, other=0)
     scale = tl.load(group + source * count + g, mask=g < count, other=0)
     k = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
-    value = decode_groups(codes, scale, tl.bfloat16, GROUPS, PTX)
+    value = decode_words(codes, scale, tl.bfloat16, GROUPS, PTX)
     if GROUPS == "mxfp4":
         value = (value.to(tl.float32) * MXFP4_LIFT).to(tl.bfloat16)
     tl.store(out + (e * (PARTS * WIDTH) + r) * K + k, value, mask=k < K)

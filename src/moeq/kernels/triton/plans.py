@@ -41,6 +41,9 @@ asks the device how many rows there are. It wants strides of 16 bytes, and fewer
 
 _LIBRARY_EXPERTS = 1024
 
+DEEP = 4096
+"""Columns above which w2 may have a tiling of its own: "deep" in the table."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -95,7 +98,7 @@ def choose(
         device: where it runs.
         scheme: what the codes mean.
         dtype: of the rows.
-        shape: T, k, E, H, I; all positive.
+        shape: T, k, E, H, I; all positive. Of a single projection the rows and the columns.
         library: whether the whole layer may go to `moeq.kernels.triton.library`.
     """
     t, k, e, h, i = shape
@@ -124,8 +127,9 @@ def choose(
     entry = next(row for row in table["gemm"] if rows <= row["rows"])
     limit = gpu(device).shared_memory
     sizes = _sizes(scheme, math, dtype)
+    below = "deep" if i > DEEP and "deep" in entry else "down"
     up, down = (
-        fitted(Gemm(**entry[name]), entry["block_m"], sizes, limit) for name in ("up", "down")
+        fitted(Gemm(**entry[name]), entry["block_m"], sizes, limit) for name in ("up", below)
     )
     return GemmPath(entry["block_m"], up, down)
 
@@ -144,10 +148,11 @@ def fitted(config: Gemm, block_m: int, sizes: tuple[float, float], limit: int) -
 
 
 def shared_memory(config: Gemm, block_m: int, sizes: tuple[float, float]) -> int:
-    """Bytes of shared memory that a tiling takes: its stages, and the decoded weight tile."""
+    """Bytes of shared memory that a tiling takes: its stages, and the decoded weight tile, where
+    that does not stay in registers."""
     rows, codes = sizes
     stage = config.block_k * (block_m * rows + config.block_n * codes)
-    decoded = config.block_k * config.block_n * rows if rows > codes else 0
+    decoded = config.block_k * config.block_n * rows if rows > codes and not config.swap else 0
     return int(config.stages * stage + decoded)
 
 
@@ -159,7 +164,8 @@ def least_shared_memory(scheme: OnlineQuantScheme, math: Arithmetic, dtype: torc
             fitted(Gemm(**entry[name]), entry["block_m"], sizes, 0), entry["block_m"], sizes
         )
         for entry in _tilings()[_family(scheme, math)]["gemm"]
-        for name in ("up", "down")
+        for name in ("up", "down", "deep")
+        if name in entry
     )
 
 
