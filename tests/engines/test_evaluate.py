@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -295,7 +296,11 @@ def test_a_failing_pass_leaves_nothing_behind(qwen: Path, monkeypatch: pytest.Mo
 
 
 def peak_of(folder: Path, layers: int) -> int:
-    """In a process of its own, which has evaluated something before: imports and caches stay."""
+    """In a process of its own, which has evaluated something before: imports and caches stay.
+
+    glibc raises its threshold for mmap to the largest block that was freed, up to 32 MB, and keeps
+    blocks below it: then the peak tells which thread freed what first. Fixed, it is what is held.
+    """
     code = f"""
 import torch, transformers
 from moeq import OnlineQuantizationConfig, evaluate
@@ -321,7 +326,12 @@ peak(16, 1)
 print(peak(512, {layers}))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)},
     )
     return int(done.stdout.splitlines()[-1])
 
@@ -331,7 +341,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """A layer's experts are 25 MB, and those of the model 400 MB; quantized, 200 MB."""
     layer = 16 * 3 * 512 * 512 * 2
     few, many = peak_of(tmp_path, 2), peak_of(tmp_path, 16)
-    assert many < few + 2 * layer, "what an allocator has not given back of one, and the next"
+    assert many < few + layer
     assert many < 16 * layer // 2
 
 
