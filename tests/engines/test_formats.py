@@ -13,8 +13,9 @@ import torch
 from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.quant_scheme import MXFP4A16
 from compressed_tensors.utils.match import match_name
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moeq
@@ -27,17 +28,16 @@ from moeq.schemes import Granularity, OnlineQuantScheme
 from tests.engines.models import BY_NAME, Architecture
 from tests.engines.tools import INT8, QWEN
 
-SCHEMES = [
-    s
-    for s in OnlineQuantScheme
-    if s.granularity is not Granularity.TENSOR and s is not OnlineQuantScheme.MXFP4_WEIGHT_ONLY
-]
+SCHEMES = [s for s in OnlineQuantScheme if s.granularity is not Granularity.TENSOR]
 EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.value)
 
 MIXTRAL = BY_NAME["mixtral"]
 """Its projections are called w1, w2 and w3."""
 
-INT4 = "int4_per_group_weight_only"
+INT4, MXFP4 = "int4_per_group_weight_only", "mxfp4_weight_only"
+
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def with_whole_groups(architecture: Architecture) -> Architecture:
@@ -110,8 +110,7 @@ def test_another_library_reads_the_weights_that_moeq_has(
     source = save(QWEN if scheme.group is None else with_whole_groups(QWEN))
     config = OnlineQuantizationConfig(scheme)  # linears too, where the scheme covers them
     tensors = exported(source, tmp_path / "out", config)
-    names = ("gate_proj", "up_proj", "down_proj")
-    assert_same(decompressed(tmp_path / "out", tensors), expected(source, config, names))
+    assert_same(decompressed(tmp_path / "out", tensors), expected(source, config, PARTS))
 
 
 @EVERY_SCHEME
@@ -195,9 +194,65 @@ def test_codes_of_four_bits_have_a_scale_for_each_group(
     assert group["input_activations"] is None
 
 
-def test_shards_of_four_bits(save: Callable[[Architecture], Path], tmp_path: Path) -> None:
+def test_mxfp4_is_the_bytes_of_the_ocp(
+    save: Callable[[Architecture], Path], tmp_path: Path
+) -> None:
     source = save(with_whole_groups(QWEN))
-    config = OnlineQuantizationConfig(moe=INT4)
+    config = OnlineQuantizationConfig(MXFP4)
+    tensors = exported(source, tmp_path / "out", config)
+    model = moeq.load(source, config)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+    assert f"{name}.weight_shape" not in tensors
+    assert (packed.dtype, packed.shape) == (torch.uint8, (32, 32))
+    assert torch.equal(packed, experts.w2_codes[1])
+    assert (scale.dtype, scale.shape) == (torch.uint8, (32, 2))
+    exact = experts.w2_group_scale[1].float() * experts.w2_scale[1][:, None]
+    assert torch.equal(scale.view(torch.float8_e8m0fnu).float(), exact)
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["format"] == "mxfp4-pack-quantized"
+    (group,) = quantization["config_groups"].values()
+    assert group["input_activations"] is None
+    ours = QuantizationConfig.model_validate(quantization).config_groups["group_0"].weights
+    theirs: Any = MXFP4A16["weights"]
+    assert ours == theirs.model_copy(update={"observer": ours.observer, "zp_dtype": ours.zp_dtype})
+
+
+def test_groups_below_the_least_scale_of_mxfp4_become_zeros(
+    save: Callable[[Architecture], Path], tmp_path: Path
+) -> None:
+    """2^-127 times a code of one is kept, and its half is not a scale any more."""
+    source = save(with_whole_groups(QWEN))
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    weight = tensors[f"{name}.weight"]
+    weight[0] = 0
+    weight[1, :32] = 0  # and the other half of the row is not
+    weight[2, 32:] = 2.0**-125
+    weight[3, 32:] = -(2.0**-126)
+    weight[4] = 2.0**-126
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = exported(source, tmp_path / "out", OnlineQuantizationConfig(moe=MXFP4))
+    scale = out[f"{name}.weight_scale"]
+    assert int(scale[1, 0]) == int(scale[3, 1]) == 0
+    assert out[f"{name}.weight_packed"][[3, 4], 16:].count_nonzero() == 0
+    found = decompressed(tmp_path / "out", out)[name]
+    assert found[0].count_nonzero() == found[1, :32].count_nonzero() == 0
+    assert torch.equal(found[2, 32:], weight[2, 32:].float())
+    assert found[3, 32:].count_nonzero() == found[4].count_nonzero() == 0
+    wanted = expected(source, OnlineQuantizationConfig(moe=MXFP4), PARTS)[name]
+    assert torch.equal(found[1:3], wanted[1:3])
+    assert torch.equal(found[5:], wanted[5:])
+
+
+@pytest.mark.parametrize("scheme", [INT4, MXFP4])
+def test_shards_of_four_bits(
+    scheme: str, save: Callable[[Architecture], Path], tmp_path: Path
+) -> None:
+    source = save(with_whole_groups(QWEN))
+    config = OnlineQuantizationConfig(moe=scheme)
     whole = exported(source, tmp_path / "one", config)
     parts = exported(source, tmp_path / "many", config, shard_bytes=8_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
@@ -210,7 +265,6 @@ def test_shards_of_four_bits(save: Callable[[Architecture], Path], tmp_path: Pat
     ("architecture", "config", "message"),
     [
         (QWEN, {"quantization": "fp8_per_tensor"}, "no experts with fp8_per_tensor"),
-        (QWEN, {"moe": "mxfp4_weight_only"}, "mxfp4_weight_only is not written"),
         (BY_NAME["gpt_oss"], {"quantization": INT8}, "one by one and without biases"),
         (
             QWEN,
@@ -220,6 +274,12 @@ def test_shards_of_four_bits(save: Callable[[Architecture], Path], tmp_path: Pat
         (QWEN, {"quantization": INT8, "ignore": ["*"]}, "nothing is left to quantize"),
         # rows of 24
         (QWEN, {"moe": INT4}, r"rows of .*24.* do not pack into whole words and groups: 32 col"),
+        (QWEN, {"moe": MXFP4}, r"rows of .*24.* do not pack into whole words and groups: 32 col"),
+        (
+            with_whole_groups(QWEN),
+            {"moe": INT4, "linear": MXFP4},
+            "cannot be mxfp4-pack-quantized and pack-quantized",
+        ),
         (
             with_whole_groups(QWEN),
             {"moe": INT4, "linear": "int8_per_channel"},

@@ -8,11 +8,13 @@ projection of each expert, and is, by scheme,
     fp8_per_block                  float-quantized: a scale a block, activations by 128 columns
     int8_per_channel_weight_only   pack-quantized: four codes + 128 in an int32
     int4_per_group_weight_only     pack-quantized: eight codes + 8 in an int32, a bf16 scale a group
+    mxfp4_weight_only              mxfp4-pack-quantized: two codes in a byte, an e8m0 scale a group
 
 The format is that of https://github.com/vllm-project/compressed-tensors. Files hold the experts of
 a layer one after the other, gate before up: what the format calls many tensors is one stretch of
 bytes in moeq's own layout, so codes and scales are quantized straight into the file. But for scales
-of groups: the format has one where moeq has two, their product, which bf16 holds exactly.
+of groups: the format has one where moeq has two, their product, which bf16 holds exactly, and e8m0
+from 2^-127 on: groups below become zeros.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moeq import mxfp4
 from moeq.checkpoint.folder import (
     INDEX_NAME,
     QUANTIZED_INDEX,
@@ -34,7 +37,7 @@ from moeq.checkpoint.folder import (
 from moeq.config import OnlineQuantizationConfig
 from moeq.engines.hf_structure import Target
 from moeq.errors import ConfigError, ModelError
-from moeq.four_bits import groups
+from moeq.four_bits import GROUP_BYTES, groups
 from moeq.methods.parameters import parameter
 from moeq.plan import LayerPlan
 from moeq.schemes import BLOCK, Granularity, OnlineQuantScheme
@@ -137,11 +140,6 @@ class CompressedTensors:
                     f"{name}: compressed-tensors has no experts with {scheme.value}",
                     hint="fp8_per_channel has it, and is more exact",
                 )
-            if scheme is OnlineQuantScheme.MXFP4_WEIGHT_ONLY:
-                raise ConfigError(
-                    f"{name}: {scheme.value} is not written as compressed-tensors",
-                    hint="write moeq's own format, or quantize to int4_per_group_weight_only",
-                )
             whole = scheme.group or _PACKED.get(scheme, 1)
             if any(k % whole for _, k in _shapes(plan)):
                 raise ModelError(
@@ -176,19 +174,22 @@ class CompressedTensors:
             if scheme.group is not None and kind == "scale":
                 continue
             if kind == "group_scale":
-                entries[f"{base}.weight_scale"] = torch.bfloat16, (n, groups(k))
+                dtype = torch.uint8 if _is_mx(scheme) else torch.bfloat16
+                entries[f"{base}.weight_scale"] = dtype, (n, groups(k))
             elif kind == "scale":
                 by_block = scheme.granularity is Granularity.BLOCK
                 grid = (-(-n // BLOCK), -(-k // BLOCK)) if by_block else (n, 1)
                 entries[f"{base}.weight_scale"] = torch.float32, grid
             elif scheme in _PACKED:
                 entries[f"{base}.weight_packed"] = torch.int32, (n, k // _PACKED[scheme])
+            elif _is_mx(scheme):
+                entries[f"{base}.weight_packed"] = torch.uint8, (n, k // 2)
             else:
                 entries[f"{base}.weight"] = scheme.weight_dtype, (n, k)
         return entries
 
     def shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
-        """Those of packed weights."""
+        """Those of weights that are packed into words."""
         if plan.scheme not in _PACKED:
             return {}
         return {
@@ -201,7 +202,10 @@ class CompressedTensors:
         for own, file in files.items():
             if own.endswith("_group_scale"):
                 row = parameter(layer, own.replace("_group_scale", "_scale"))
-                file.copy_(parameter(layer, own).float() * row[..., None])
+                if _is_mx(plan.scheme):
+                    _absolute(file, row, files[own.replace("_group_scale", "_codes")])
+                else:
+                    file.copy_(parameter(layer, own).float() * row[..., None])
             elif own.endswith("_codes") and plan.scheme in _PACKED and plan.scheme.group is None:
                 file.view(torch.uint8).bitwise_xor_(_SIGN)
 
@@ -268,14 +272,33 @@ def _any_expert(name: str) -> str:
     return rf"re:{re.escape(layer)}\.\d+\.{re.escape(part)}$"
 
 
+def _is_mx(scheme: OnlineQuantScheme) -> bool:
+    """Whether scales of groups are powers of two."""
+    return scheme.group_dtype == torch.float8_e8m0fnu
+
+
+def _absolute(group_scale: Tensor, row: Tensor, codes: Tensor) -> None:
+    """Make e8m0 scales [..., N, G] that are relative to those of rows, fp32 powers of two [..., N],
+    what they are together. A group that e8m0 has no scale for has weights below 2^-124: its codes
+    [..., N, 16 * G] become zeros."""
+    byte = group_scale.view(torch.uint8)
+    exponent = byte.int().add_((row.view(torch.int32) >> 23)[..., None] - 127)
+    lost = (exponent < 0)[..., None]
+    codes.view(*byte.shape, GROUP_BYTES).masked_fill_(lost, mxfp4.ZERO)
+    byte.copy_(exponent.clamp_(min=0))
+
+
 def _format(scheme: OnlineQuantScheme) -> str:
+    if _is_mx(scheme):
+        return "mxfp4-pack-quantized"
     if scheme in _PACKED:
         return "pack-quantized"
     return "int-quantized" if scheme.weight_dtype == torch.int8 else "float-quantized"
 
 
 def _arguments(scheme: OnlineQuantScheme) -> dict[str, Any]:
-    kind = "float" if scheme.weight_dtype == torch.float8_e4m3fn else "int"
+    is_float = scheme.weight_dtype == torch.float8_e4m3fn or _is_mx(scheme)
+    kind = "float" if is_float else "int"
     by_block = scheme.granularity is Granularity.BLOCK
     common = {"num_bits": 8 if scheme.group is None else 4, "type": kind, "symmetric": True}
     weights: dict[str, Any] = common | {"strategy": "channel", "dynamic": False}
@@ -287,6 +310,8 @@ def _arguments(scheme: OnlineQuantScheme) -> dict[str, Any]:
         inputs = None
     if scheme.group is not None:
         weights |= {"strategy": "group", "group_size": scheme.group}
+        if _is_mx(scheme):
+            weights["scale_dtype"] = "torch.uint8"
     elif scheme in _PACKED:
         weights["group_size"] = -1  # a row; vLLM 0.26 takes a missing one for a number
     return {"weights": weights, "input_activations": inputs, "output_activations": None}
