@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeq import int4
+from moeq import four_bits
 from moeq.embedded import held_out_text, model_folder
 from moeq.fidelity.divergence import divergence
 from moeq.fidelity.statistics import interval
@@ -35,6 +35,8 @@ WINDOW, TOKENS = 512, 8192
 
 CHANNEL = Granularity.CHANNEL
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
 
 class Method(NamedTuple):
     """A way of storing a matrix [N, K]: what it gives back in fp32, and its bits for N and K."""
@@ -44,13 +46,32 @@ class Method(NamedTuple):
     bits: Callable[[int, int], int]
 
 
-def ours(weight: Tensor) -> Tensor:
-    scale = scale_from_amax(amax(weight, CHANNEL), torch.uint8)
+def ours(group_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def rounded(weight: Tensor) -> Tensor:
+        scale = scale_from_amax(amax(weight, CHANNEL), torch.uint8)
+        n, k = weight.shape
+        codes = torch.empty(n, four_bits.packed(k), dtype=torch.uint8)
+        group = torch.empty(n, four_bits.groups(k), dtype=group_dtype)
+        four_bits.quantize(weight, scale, codes, group)
+        return dequantize(codes, scale, CHANNEL, group_scale=group, columns=k)
+
+    return rounded
+
+
+def of_groups(n: int, k: int) -> int:
+    """Bits of what `ours` stores."""
+    return 8 * n * (four_bits.packed(k) + four_bits.groups(k)) + 32 * n
+
+
+def ocp(weight: Tensor) -> Tensor:
+    """MXFP4 as its specification converts: 2^(floor(log2 amax) - 2), above 6 becomes 6."""
     n, k = weight.shape
-    codes = torch.empty(n, int4.packed(k), dtype=torch.uint8)
-    group = torch.empty(n, int4.groups(k), dtype=torch.float8_e4m3fn)
-    int4.quantize(weight, scale, codes, group)
-    return dequantize(codes, scale, CHANNEL, group_scale=group, columns=k)
+    groups = weight.view(n, k // 32, 32)
+    scale = 2.0 ** (groups.abs().amax(-1, keepdim=True).log2().floor() - 2).clamp_(min=-127)
+    distance = ((groups / scale).abs()[..., None] - torch.tensor(E2M1)).abs()
+    even_first = distance + torch.arange(8) % 2 * 1e-6
+    values = torch.tensor(E2M1)[even_first.argmin(-1)]
+    return (values * groups.sign() * scale).view(n, k)
 
 
 def nearest(weight: Tensor) -> Tensor:
@@ -123,12 +144,10 @@ def methods() -> list[Method]:
     """Those whose libraries are installed."""
     found = [
         Method("int8 per channel", int8, lambda n, k: 8 * n * k + 32 * n),
-        Method(
-            "moeq int4_per_group",
-            ours,
-            lambda n, k: 8 * n * (int4.packed(k) + int4.groups(k)) + 32 * n,
-        ),
+        Method("moeq int4_per_group", ours(torch.float8_e4m3fn), of_groups),
         Method("nearest, fp16 scale of 32", nearest, lambda n, k: 4 * n * k + n * k // 32 * 16),
+        Method("moeq mxfp4", ours(torch.float8_e8m0fnu), of_groups),
+        Method("mxfp4, the OCP's scales", ocp, lambda n, k: 4 * n * k + n * k // 32 * 8),
     ]
     if importlib.util.find_spec("bitsandbytes"):
         found += [

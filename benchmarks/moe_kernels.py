@@ -119,12 +119,12 @@ def quantized(scheme: OnlineQuantScheme, e: int, h: int, i: int) -> ExpertWeight
         return (torch.rand(grid, device="cuda") + 0.5) * 6e-4
 
     def groups(*shape: int) -> Tensor | None:
-        grid = group_shape(scheme, shape)
-        if grid is None:
+        grid, dtype = group_shape(scheme, shape), scheme.group_dtype
+        if grid is None or dtype is None:
             return None
-        low, high = (0x30, 0x48) if scheme.group_dtype == torch.float8_e4m3fn else (126, 129)
+        low, high = (0x30, 0x48) if dtype == torch.float8_e4m3fn else (126, 129)
         bits = torch.randint(low, high, grid, dtype=torch.uint8, device="cuda")  # 0.5 to 4
-        return bits.view(scheme.group_dtype)
+        return bits.view(dtype)
 
     w13, w2 = (e, 2 * i, h), (e, h, i)
     return ExpertWeights(

@@ -9,6 +9,7 @@ of one Qwen3-30B-A3B layer, as one launch of many, and one large one; larger tha
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def main() -> None:
     for shape in SHAPES:
         weights = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         out = torch.empty_like(weights)
-        copy = 2 * weights.nbytes / microseconds(lambda w=weights, o=out: o.copy_(w)) / 1e6
+        copy = 2 * weights.nbytes / microseconds(functools.partial(out.copy_, weights)) / 1e6
         print(f"{'x'.join(map(str, shape)):16} copy {copy:.2f} TB/s", flush=True)
         (e, n, k), spans = shape, [Span.of(w) for w in weights]
         for scheme in kinds.values():
@@ -59,7 +60,7 @@ def main() -> None:
                 for t in (codes, scales, groups)
             )
             given = (spans, codes, scales, at, scales_at, granularity, groups, groups_at)
-            us = microseconds(lambda a=given: quantize_weights(*a))
+            us = microseconds(functools.partial(quantize_weights, *given))
             written = codes.nbytes + (0 if groups is None else groups.nbytes)
             rate = (weights.nbytes + written) / us / 1e6
             again = "  (amax first)" if granularity is Granularity.TENSOR else ""

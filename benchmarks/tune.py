@@ -182,7 +182,7 @@ def products(weights, ids, routing, block_m, t, k):
                        x_rows="sorted", out_rows="pair")  # fmt: skip
         return y
 
-    up.inputs, down.inputs = (a, a_scale, w13), (b, b_scale, w2)
+    up.inputs, down.inputs = (a, a_scale, w13), (b, b_scale, w2)  # type: ignore[attr-defined]
     return up, down
 
 

@@ -161,7 +161,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one, args.device, args.rounds)))
+        folder, name = args.one
+        print(json.dumps(measure(folder, name, args.device, args.rounds)))
         return
     sys.path.insert(0, str(Path(__file__).parent))
     from loading import make

@@ -271,14 +271,14 @@ def compare(folder: Path, rows: dict[str, Row], parallel: int) -> int:
 
     runs = {BF16: (vllm(source, {}), *moeq(BF16), vllm(broken, {}))}
     for name, row in rows.items():
-        right, wrong = folder / row.scheme, folder / f"exchanged_{row.scheme}"
+        right, exchanged = folder / row.scheme, folder / f"exchanged_{row.scheme}"
         if row.by_plugin:
-            right, wrong = source, broken
+            right, exchanged = source, broken
         quantization = name if row.by_plugin else ""
         runs[name] = (
             vllm(right, row.environment, quantization),
             *moeq(row.reference or row.scheme),
-            vllm(wrong, row.environment, quantization),
+            vllm(exchanged, row.environment, quantization),
         )
     with ThreadPoolExecutor(parallel) as pool:
         for job in [
