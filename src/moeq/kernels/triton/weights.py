@@ -339,14 +339,8 @@ def _mxfp4(a, b, c, d, inverse):
     b = _rounded(b * inverse[:, None, None] * lift[:, :, None])
     c = _rounded(c * inverse[:, None, None] * lift[:, :, None])
     d = _rounded(d * inverse[:, None, None] * lift[:, :, None])
-    narrow = _e2m1_square(a, 256.0) + _e2m1_square(b, 256.0)
-    narrow += _e2m1_square(c, 256.0)
-    narrow += _e2m1_square(d, 256.0)
-    wide = _e2m1_square(a, 512.0) + _e2m1_square(b, 512.0)
-    wide += _e2m1_square(c, 512.0)
-    wide += _e2m1_square(d, 512.0)
-    wider = tl.sum(wide, 2) < tl.sum(narrow, 2)
-    step = tl.where(wider, 0.001953125, 0.00390625)[:, :, None]
+    wider = _better(a, b, c, d) < 4.0 * _worse(a, b, c, d)
+    step = tl.where(wider, 0x44000000, 0x43800000)[:, :, None]  # 512 or 256
     words = tl.join(
         tl.join(_e2m1_words(a, step), _e2m1_words(c, step)),
         tl.join(_e2m1_words(b, step), _e2m1_words(d, step)),
@@ -356,28 +350,46 @@ def _mxfp4(a, b, c, d, inverse):
 
 
 @triton.jit
-def _e2m1_place(x, inverse):
-    """The magnitude of x in steps, as a place among those that codes have: a concave function of
-    pieces that are straight."""
-    x = tl.abs(x) * inverse
-    return tl.minimum(tl.minimum(tl.minimum(x * 2.0, x + 2.0), x * 0.5 + 4.0), 7.0)
+def _e2m1(x, step):
+    """x as one of e2m1's numbers, or as 8, times a step, a power of two as bits of fp32. Half to
+    even, as the hardware adds: what is added leaves one bit after the first, and half a step."""
+    binade = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, step)
+    lift = (binade + 0x0B400000).to(tl.float32, bitcast=True)  # 1.5 * 2^22 times as much
+    return (x + lift) - lift
 
 
 @triton.jit
-def _e2m1_square(x, STEP: tl.constexpr):
-    """The squared error of x under a step."""
-    place = _rounded(_e2m1_place(x, 1.0 / STEP))
-    value = tl.maximum(tl.maximum(place * 0.5, place - 2.0), place * 2.0 - 8.0)
-    error = tl.abs(x) - value * STEP
-    return error * error
+def _better(a, b, c, d):
+    """By how much the squared errors of a group are less under a step of 256 than under 512 because
+    numbers below 512 lie closer, over 256: a sum of triangles, on 128 and on 384."""
+    return tl.sum(_triangle(a) + _triangle(b) + _triangle(c) + _triangle(d), 2)
 
 
 @triton.jit
-def _e2m1_words(x, inverse):
-    """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]."""
-    place = _e2m1_place(x, inverse) + 12582912.0
-    sign = tl.where((x < 0) & (place > 12582912.0), 8, 0)
-    return _packed(place.to(tl.int32, bitcast=True) + sign)
+def _triangle(x):
+    return tl.maximum(64.0 - tl.abs(tl.abs(tl.abs(x) - 256.0) - 128.0), 0.0)
+
+
+@triton.jit
+def _worse(a, b, c, d):
+    """And by how much they are more because 512 goes on to 2048 where 256 ends at 1536, over 1024.
+    """
+    return tl.sum(_beyond(a) + _beyond(b) + _beyond(c) + _beyond(d), 2)
+
+
+@triton.jit
+def _beyond(x):
+    return tl.maximum(tl.abs(x) - 1792.0, 0.0)
+
+
+@triton.jit
+def _e2m1_words(x, step):
+    """x [rows, groups, 8] as codes under steps as bits of fp32, eight to an int32: [rows, groups].
+    Where a step is 2^-126, fp32 is e2m1 with more of everything, numbers below a step too."""
+    unit = ((0x44800000 - step) >> 9).to(tl.float32, bitcast=True)  # 2^-126 / step
+    bits = (_e2m1(x, step) * unit).to(tl.int32, bitcast=True)
+    code = tl.minimum((bits & 0x7FFFFFFF) >> 22, 7) + ((bits >> 28) & 8)
+    return _packed(code)
 
 
 @triton.jit
@@ -435,16 +447,16 @@ def _square(x, value, fifteenth):
 
 @triton.jit
 def _words(x, by_group):
-    """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]."""
+    """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]. As fp32 a code has 1.5 * 2^23
+    more than its own, 0x4B400000 as bits: what eight of that add up to is taken off at once."""
     quotient = tl.minimum(tl.maximum(x * by_group, -8.0), 7.0)
-    return _packed((quotient + 12582920.0).to(tl.int32, bitcast=True))
+    return _packed((quotient + 12582920.0).to(tl.int32, bitcast=True)) - 0x3F400000
 
 
 @triton.jit
 def _packed(codes):
-    """Eight codes, each with 0x4B400000 more than its own: as fp32 it had 1.5 * 2^23 more. What
-    eight of that add up to is taken off at once."""
+    """[rows, groups, 8], the even in the low bits: [rows, groups]."""
     even, odd = _halves(codes)
     even, odd = _halves(even + odd * 16)
     even, odd = tl.split(even + odd * 256)
-    return even + odd * 65536 - 0x3F400000
+    return even + odd * 65536
