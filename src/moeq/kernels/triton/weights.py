@@ -372,8 +372,7 @@ def _triangle(x):
 
 @triton.jit
 def _worse(a, b, c, d):
-    """And by how much they are more because 512 goes on to 2048 where 256 ends at 1536, over 1024.
-    """
+    """And by how much more because 512 goes on to 2048 where 256 ends at 1536, over 1024."""
     return tl.sum(_beyond(a) + _beyond(b) + _beyond(c) + _beyond(d), 2)
 
 
@@ -448,7 +447,7 @@ def _square(x, value, fifteenth):
 @triton.jit
 def _words(x, by_group):
     """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]. As fp32 a code has 1.5 * 2^23
-    more than its own, 0x4B400000 as bits: what eight of that add up to is taken off at once."""
+    more than its own, in bits 0x4B400000: what eight of that add up to is taken off at once."""
     quotient = tl.minimum(tl.maximum(x * by_group, -8.0), 7.0)
     return _packed((quotient + 12582920.0).to(tl.int32, bitcast=True)) - 0x3F400000
 
