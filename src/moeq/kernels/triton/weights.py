@@ -446,7 +446,7 @@ def _square(x, value, fifteenth):
 
 @triton.jit
 def _words(x, by_group):
-    """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]. As fp32 a code has 1.5 * 2^23
+    """x [rows, groups, 8] as codes, eight to an int32: [rows, groups]. As fp32 a code has 3 * 2^22
     more than its own, in bits 0x4B400000: what eight of that add up to is taken off at once."""
     quotient = tl.minimum(tl.maximum(x * by_group, -8.0), 7.0)
     return _packed((quotient + 12582920.0).to(tl.int32, bitcast=True)) - 0x3F400000
